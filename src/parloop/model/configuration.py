@@ -1,0 +1,199 @@
+"""PLTConfig: the fields of a released PLT checkpoint's `config.json`, validated.
+
+Field names and the meaning of an absent field are those of the released configuration (`model_type: iquestpltcoder`), so
+the released checkpoint loads, and what is saved here loads elsewhere. Absent is not the released value: a file without
+`plt_emb_scale` means 1.0 (not 0.707), one without `plt_gate_use_hidden_states` means the query gate.
+"""
+
+from copy import deepcopy
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
+
+
+class PLTConfig(PreTrainedConfig):
+    """Configuration of a Parallel Loop Transformer (PLT, arXiv 2510.24824; LoopCoder-v2, arXiv 2606.18023).
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: D, width of the residual stream.
+        intermediate_size: width of the SwiGLU feed-forward.
+        num_hidden_layers: L, the real number of layers. Never L * R.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: G, key/value heads; divides H. None means H.
+        head_dim: K, size of a head. None means hidden_size // num_attention_heads.
+        rope_parameters: RoPE base and scaling as transformers 5 names them. `rope_theta` and `rope_scaling`, the names
+            in released files, are accepted and are what gets saved.
+        plt_num_loops: R, how often the stack is run; `num_loops` is another name of it. 1 is the plain transformer.
+        plt_window_size: `[w, 0]`. In loops 2..R a token sees itself and the w tokens before it: w + 1 keys.
+        plt_normalize_per_loop: apply the final norm after every loop, not only after the last.
+        plt_emb_scale: a in `a * E + c * shift(h)`. None means 1.0.
+        plt_hidden_scale: c in `a * E + c * shift(h)`. None means 1.0.
+        plt_gate_use_hidden_states: True: the gate reads the layer's normed input; False: the rotated query.
+
+    The remaining fields mean what they mean in transformers' `LlamaConfig`.
+
+    Raises:
+        ValueError: at construction and whenever a field is set, if the values do not describe a model.
+    """
+
+    model_type = "iquestpltcoder"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "loop_states", "loop_logits"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_loops": "plt_num_loops"}
+    default_theta = 500000.0
+
+    vocab_size: int = 75904
+    hidden_size: int = 5120
+    intermediate_size: int = 27648
+    num_hidden_layers: int = 14
+    num_attention_heads: int = 40
+    num_key_value_heads: int = 8
+    head_dim: int = None  # type: ignore[assignment]  # filled in below
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | tuple[int, ...] | None = (2, 75864, 75869)
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    plt_num_loops: int = 2
+    plt_window_size: list[int] = None  # type: ignore[assignment]  # filled in below
+    plt_normalize_per_loop: bool = True
+    plt_emb_scale: float | None = None
+    plt_hidden_scale: float | None = None
+    plt_gate_use_hidden_states: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._divides("num_attention_heads", "hidden_size")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.plt_window_size is None:
+            self.plt_window_size = [64, 0]
+        if isinstance(self.eos_token_id, tuple):
+            self.eos_token_id = list(self.eos_token_id)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # from_pretrained(..., plt_num_loops=0) sets fields after construction, so the checks run here too.
+        if not self.__dict__.get("_post_init_done") or key.startswith("_"):
+            return super().__setattr__(key, value)
+        before = deepcopy(getattr(self, key, None))
+        super().__setattr__(key, value)
+        try:
+            self._check()
+        except ValueError:
+            super().__setattr__(key, before)
+            raise
+
+    @property
+    def window_tokens(self) -> int:
+        """w: how many tokens before itself a token sees in loops 2..R (its own key is one more)."""
+        return self.plt_window_size[0]
+
+    def _divides(self, small: str, large: str) -> None:
+        m, n = getattr(self, small), getattr(self, large)
+        if not (isinstance(m, int) and isinstance(n, int) and m > 0 and n > 0 and n % m == 0):
+            raise ValueError(f"{small}={m!r} must be a positive divisor of {large}={n!r}: change one of the two.")
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        self._divides("num_key_value_heads", "num_attention_heads")
+        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim!r} must be an even integer of at least 2 (RoPE rotates pairs): set head_dim, or "
+                f"choose hidden_size and num_attention_heads so that their quotient is even."
+            )
+        if type(self.plt_num_loops) is not int or self.plt_num_loops < 1:
+            raise ValueError(
+                f"plt_num_loops={self.plt_num_loops!r} must be an integer of at least 1: 1 is the plain transformer, 2 the "
+                f"released model's loop count."
+            )
+        window = self.plt_window_size
+        is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(n) is int for n in window)
+        if not is_pair or window[0] < 0 or window[1] != 0:
+            raise ValueError(
+                f"plt_window_size={window!r} must be [w, 0] with w >= 0: w tokens to the left of the token itself and none "
+                f"to its right, for instance [64, 0]."
+            )
+        for name in ("plt_emb_scale", "plt_hidden_scale"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name}={value!r} must be a number, or null for 1.0.")
+        if not isinstance(self.plt_gate_use_hidden_states, bool):
+            raise ValueError(
+                f"plt_gate_use_hidden_states={self.plt_gate_use_hidden_states!r} is not a known gate mode: use true "
+                f"(the gate reads the layer's normed input) or false (the gate reads the rotated query)."
+            )
+        if not isinstance(self.plt_normalize_per_loop, bool):
+            raise ValueError(f"plt_normalize_per_loop={self.plt_normalize_per_loop!r} must be true or false.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not known to transformers: use 'silu', the released value.")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+            raise ValueError(
+                f"rope_scaling has rope_type={rope_type!r}, which transformers does not know: use one of {known}."
+            )
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_scaling={self.rope_parameters!r} lacks a field: {error.args[0]}") from error
+
+    # What is saved. A field that did not change since it was read is written as it was read, in the released names.
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        as_read = deepcopy(config_dict)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._as_read = (as_read, cls(**deepcopy(as_read))._released_form())
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PLTConfig) and self.to_dict() == other.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("_as_read", None)
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The dictionary that `save_pretrained` writes to `config.json`."""
+        now = self._released_form()
+        if "_as_read" not in self.__dict__:
+            return now
+        as_read, baseline = self._as_read
+        changed = {key: value for key, value in now.items() if key not in baseline or value != baseline[key]}
+        if changed.keys() & {"rope_theta", "rope_scaling"}:  # never the old names beside the new ones
+            as_read = {key: value for key, value in as_read.items() if key != "rope_parameters"}
+            changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
+        if "torch_dtype" in changed:
+            as_read = {key: value for key, value in as_read.items() if key != "dtype"}
+        return as_read | changed
+
+    def _released_form(self) -> dict[str, Any]:
+        form = super().to_diff_dict()
+        form.pop("_as_read", None)
+        rope = dict(form.pop("rope_parameters"))
+        form["rope_theta"] = rope.pop("rope_theta")
+        form["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        form["torch_dtype"] = form.pop("dtype", None)
+        if self.architectures is not None:
+            form["architectures"] = [ARCHITECTURE if name == "PLTForCausalLM" else name for name in self.architectures]
+        return form

@@ -1,0 +1,140 @@
+"""Backends and precisions: eager, sdpa, flex, what FlashAttention would be told, bfloat16, torch.compile."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from test_batches import left_padded
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from parloop import make_cache
+
+
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_eager_equals_sdpa(R):
+    rows = [random_ids(n, seed=n) for n in (3, 40)]
+    ids, mask = left_padded(rows)
+    with torch.no_grad():
+        eager = tiny_model(plt_num_loops=R, attn="eager")(ids, attention_mask=mask).logits
+        sdpa = tiny_model(plt_num_loops=R, attn="sdpa")(ids, attention_mask=mask).logits
+    for row, a, b in zip(rows, eager, sdpa):
+        torch.testing.assert_close(a[-len(row) :], b[-len(row) :], atol=1e-10, rtol=0)
+
+
+def flash_contract(module, query, key, value, attention_mask, *, scaling, sliding_window=None, is_causal=None, **kwargs):
+    """What FlashAttention computes from what it is told: causal, aligned at the end, a window that counts the token
+    itself, and a 2D padding mask over the keys. In float64, so that it can be compared."""
+    groups = module.num_key_value_groups
+    assert query.shape[1] == key.shape[1] * groups
+    T, S = query.shape[2], key.shape[2]
+    position = torch.arange(S)
+    distance = (position[None, :, None][:, -T:] if T <= S else None) - position[None, None, :]
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible = visible & (distance < sliding_window)
+    if attention_mask is not None:
+        assert attention_mask.shape == (query.shape[0], S)
+        visible = visible & attention_mask[:, None, :].bool()
+    visible = visible[:, None] | torch.eye(T, S, dtype=torch.bool).roll(S - T, 1)
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("contract", flash_contract)
+AttentionMaskInterface.register("contract", flash_attention_mask)
+
+
+@pytest.mark.parametrize("w", [0, 3, 50])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_flash_attention_is_told_the_right_thing(R, w):
+    """FlashAttention needs a GPU; this checks its arguments (window, padding, causality) against its documented contract,
+    over prefill, chunk and decode steps."""
+    rows = [random_ids(n, seed=n) for n in (3, 20)]
+    ids, mask = left_padded(rows)
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], attn="contract")
+    cache, logits, done = make_cache(model.config), [], 0
+    with torch.no_grad():
+        for n in (6, 9, 1, 1, 3):
+            done += n
+            logits.append(model(ids[:, done - n : done], attention_mask=mask[:, :done], past_key_values=cache).logits)
+        logits = torch.cat(logits, dim=1)
+        model.set_attn_implementation("sdpa")
+        for row, got in zip(rows, logits):
+            torch.testing.assert_close(got[-len(row) :], model(row[None]).logits[0], atol=1e-10, rtol=0)
+
+
+@pytest.mark.slow
+def test_flex_attention():
+    # hidden size 64: flex wants heads of at least 16
+    model = tiny_model(plt_num_loops=2, head_dim=16, dtype=torch.float32)
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.set_attn_implementation("flex_attention")
+        cache = make_cache(model.config)
+        prefill = model(ids[:, :39], past_key_values=cache).logits
+        step = model(ids[:, 39:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat((prefill, step), dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_bfloat16_is_close_to_float32(R):
+    """At positions up to 250, where frequencies rounded to bfloat16 would be off by more than a radian."""
+    ids = random_ids(2, 250)
+    exact = tiny_model(plt_num_loops=R, dtype=torch.float32)
+    half = tiny_model(plt_num_loops=R, dtype=torch.float32).to(torch.bfloat16)
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        a, b = exact(ids).logits, half(ids).logits.float()
+        cache = make_cache(half.config)
+        steps = [half(ids[:, :200], past_key_values=cache).logits]
+        steps += [half(ids[:, t : t + 1], past_key_values=cache).logits for t in range(200, 250)]
+    scale = a.std()
+    assert ((a - b).std() / scale) < 0.05
+    assert ((a - torch.cat(steps, dim=1).float()).std() / scale) < 0.05
+
+
+@pytest.mark.slow
+def test_compiled_training_step_equals_eager():
+    model = tiny_model(plt_num_loops=2, dtype=torch.float32).train()
+    ids = random_ids(2, 40)
+    positions = torch.cat((torch.arange(25), torch.arange(15)))[None].expand(2, -1)
+
+    def step(call):
+        model.zero_grad()
+        loss = call(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+    loss, gradients = step(model)
+    compiled_loss, compiled_gradients = step(torch.compile(model))
+    assert compiled_loss == pytest.approx(loss, abs=1e-5)
+    for a, b in zip(gradients, compiled_gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_decode_steps_equal_eager_with_one_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = tiny_model(plt_num_loops=3, dtype=torch.float32)
+    ids = random_ids(2, 14)
+    counter = CompileCounterWithBackend("inductor")
+    cache = make_cache(model.config, max_cache_len=32)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 8:]
+        model(ids[:, :8], past_key_values=cache)
+        compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
+        got = []
+        for t in range(8, 14):
+            inputs = model.prepare_inputs_for_generation(
+                ids[:, : t + 1],
+                next_sequence_length=1,
+                past_key_values=cache,
+                position_ids=torch.full((2, 1), t),
+                use_cache=True,
+            )
+            got.append(compiled(**inputs).logits)
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count <= 2  # one while the windows fill, one from then on

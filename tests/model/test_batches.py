@@ -1,0 +1,143 @@
+"""Rows do not see each other, their padding, or the documents packed beside them."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+
+from parloop import make_cache
+
+EXACT = {"atol": 1e-10, "rtol": 0}
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    T = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (T - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (T - len(row), 0)) for row in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("R", [1, 2, 3])
+@pytest.mark.parametrize("positions", ["absent", "given"])
+def test_left_padding(R, attn, positions):
+    model = tiny_model(plt_num_loops=R, attn=attn)
+    rows = [random_ids(n, seed=n) for n in (1, 5, 12, 40)]
+    ids, mask = left_padded(rows)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0) if positions == "given" else None
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask, position_ids=position_ids).logits
+        for row, logits in zip(rows, together):
+            torch.testing.assert_close(logits[-len(row) :], model(row[None]).logits[0], **EXACT)
+
+
+def test_right_padding():
+    model = tiny_model(plt_num_loops=3)
+    rows = [random_ids(n, seed=n) for n in (3, 12)]
+    ids = torch.stack([torch.nn.functional.pad(row, (0, 12 - len(row))) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (0, 12 - len(row))) for row in rows])
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        for row, got in zip(rows, logits):
+            torch.testing.assert_close(got[: len(row)], model(row[None]).logits[0], **EXACT)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("w", [0, 3, 40])
+@pytest.mark.parametrize("R", [1, 2, 3])
+@pytest.mark.parametrize("mask_of_ones", [False, True])
+def test_packed_documents(R, w, attn, mask_of_ones):
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], attn=attn)
+    documents = [[random_ids(n, seed=n) for n in lengths] for lengths in ((7, 1, 34, 3), (20, 25))]
+    ids = torch.stack([torch.cat(row) for row in documents])
+    position_ids = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in documents])
+    weight = torch.randn(*ids.shape, model.config.vocab_size, dtype=torch.float64)
+
+    together = model(ids, position_ids=position_ids, attention_mask=torch.ones_like(ids) if mask_of_ones else None)
+    (together.logits * weight).sum().backward()
+    packed_gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row, row_weight, row_logits in zip(documents, weight, together.logits):
+        start = 0
+        for document in row:
+            alone = model(document[None]).logits[0]
+            stop = start + len(document)
+            torch.testing.assert_close(row_logits[start:stop], alone, **EXACT)
+            (alone * row_weight[start:stop]).sum().backward()
+            start = stop
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(packed_gradients[name], p.grad, atol=1e-9, rtol=1e-9)
+
+
+def test_packed_documents_need_no_cache_and_say_so():
+    model = tiny_model()
+    ids = random_ids(1, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    assert model(ids, position_ids=positions, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, position_ids=positions, past_key_values=make_cache(model.config))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="leave attention_mask out"):
+        model(ids, position_ids=positions, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 7)])
+def test_attention_mask_of_a_wrong_length(shape):
+    with pytest.raises(ValueError, match="it must cover all of them"):
+        tiny_model()(random_ids(1, 6), attention_mask=torch.ones(shape))
+
+
+def test_four_dimensional_mask():
+    with pytest.raises(ValueError, match="tokens so far"):
+        tiny_model()(random_ids(1, 6), attention_mask=torch.ones(1, 1, 6, 6))
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 16])
+def test_a_reset_cache_is_a_fresh_cache(max_cache_len):
+    """A slot that is used again must not leak the last text's states into the first token."""
+    model = tiny_model(plt_num_loops=3)
+    cache = make_cache(model.config, max_cache_len=max_cache_len)
+    with torch.no_grad():
+        model(random_ids(1, 9, seed=1), past_key_values=cache)
+        cache.reset()
+        ids = random_ids(1, 8, seed=2)
+        first = model(ids[:, :1], past_key_values=cache).logits
+        rest = model(ids[:, 1:], past_key_values=cache).logits
+        torch.testing.assert_close(torch.cat((first, rest), dim=1), model(ids).logits, **EXACT)
+
+
+def test_a_cache_of_another_loop_count_is_refused():
+    model = tiny_model(plt_num_loops=2)
+    cache = make_cache(model.config)
+    model(random_ids(1, 4), past_key_values=cache)
+    with pytest.raises(ValueError, match="filled with num_loops=2"):
+        model(random_ids(1, 1), past_key_values=cache, num_loops=3)
+    with pytest.raises(ValueError, match="filled with num_loops=2"):
+        model(random_ids(1, 1), past_key_values=cache, num_loops=1)
+
+
+@pytest.mark.parametrize("kind", ["bare", "config", "static"])
+def test_an_empty_stock_cache_is_extended(kind):
+    from transformers import DynamicCache, StaticCache
+
+    model = tiny_model(plt_num_loops=3)
+    cache = {
+        "bare": lambda: DynamicCache(),
+        "config": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(model.config, max_cache_len=12),
+    }[kind]()
+    ids = random_ids(2, 10)
+    with torch.no_grad():
+        logits = [model(ids[:, :6], past_key_values=cache).logits]
+        logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 10)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **EXACT)
+
+
+def test_a_foreign_cache_with_tokens_is_refused():
+    from transformers import DynamicCache
+
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    for layer in range(2):
+        cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), layer)
+    with pytest.raises(ValueError, match="start from an empty cache"):
+        model(random_ids(1, 1), past_key_values=cache)

@@ -1,0 +1,216 @@
+"""Configuration and checkpoints: what is refused, what is loaded by name alone, what is written back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from test_parity import CASES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from parloop import PLTConfig, PLTForCausalLM, PLTModel
+
+BAD = [
+    ({"plt_window_size": [64]}, r"plt_window_size=\[64\] must be \[w, 0\]"),
+    ({"plt_window_size": [64, 1]}, r"plt_window_size=\[64, 1\] must be \[w, 0\]"),
+    ({"plt_window_size": [-1, 0]}, r"plt_window_size=\[-1, 0\] must be \[w, 0\]"),
+    ({"plt_window_size": 64}, r"plt_window_size=64 must be \[w, 0\]"),
+    ({"plt_window_size": [1.5, 0]}, r"plt_window_size=\[1.5, 0\] must be \[w, 0\]"),
+    ({"plt_num_loops": 0}, "plt_num_loops=0 must be an integer of at least 1"),
+    ({"num_loops": -3}, "plt_num_loops=-3 must be"),
+    ({"plt_num_loops": 2.0}, r"plt_num_loops=2.0 must be"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3 must be a positive divisor of num_attention_heads=4"),
+    (
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
+        "num_attention_heads=5 must be a positive divisor",
+    ),
+    ({"head_dim": 7}, "head_dim=7 must be an even integer"),
+    ({"plt_gate_use_hidden_states": "query"}, "plt_gate_use_hidden_states='query' is not a known gate mode"),
+    ({"plt_normalize_per_loop": None}, "plt_normalize_per_loop=None must be true or false"),
+    ({"plt_emb_scale": "0.7"}, "plt_emb_scale='0.7' must be a number"),
+    ({"hidden_act": "swish2"}, "hidden_act='swish2' is not known"),
+    ({"rope_scaling": {"rope_type": "yaarn"}}, "rope_type='yaarn', which transformers does not know"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(change) for change, _ in BAD])
+def test_bad_configurations_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**change)
+
+
+def test_fields_set_later_are_checked_too(tmp_path):
+    config = tiny_config()
+    with pytest.raises(ValueError, match="plt_num_loops=0"):
+        config.plt_num_loops = 0
+    assert config.plt_num_loops == 2
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="plt_window_size"):
+        AutoConfig.from_pretrained(tmp_path, plt_window_size=[3, 3])
+
+
+def test_absent_fields_mean_what_the_release_says():
+    config = PLTConfig()
+    assert (config.plt_num_loops, config.plt_window_size, config.window_tokens) == (2, [64, 0], 64)
+    assert config.plt_emb_scale is None
+    assert config.plt_hidden_scale is None
+    assert config.plt_gate_use_hidden_states is False
+    assert config.plt_normalize_per_loop is True
+    assert config.vocab_size == 75904
+    assert config.head_dim == 128
+    assert config.rope_parameters["rope_theta"] == 500000.0
+    assert PLTConfig(num_loops=3).plt_num_loops == PLTConfig(plt_num_loops=3).num_loops == 3
+
+
+def copy_case(folder, tmp_path, **config_changes):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    config = json.loads((source / "config.json").read_text()) | config_changes
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+def test_loads_by_name_and_wins_over_auto_map(tmp_path, trust_remote_code):
+    """The repository's own code is never run, asked for or not."""
+    auto_map = {"AutoConfig": "configuration_iquestpltcoder.IQuestPLTCoderConfig", "AutoModelForCausalLM": "evil.Model"}
+    source = copy_case(CASES[0], tmp_path, auto_map=auto_map)
+    for name in ("configuration_iquestpltcoder", "evil"):
+        (source / f"{name}.py").write_text("raise RuntimeError('remote code was run')\n")
+    options = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
+    assert type(AutoConfig.from_pretrained(source, **options)) is PLTConfig
+    assert type(AutoModelForCausalLM.from_pretrained(source, **options)) is PLTForCausalLM
+    assert type(AutoModel.from_pretrained(source, **options)) is PLTModel
+
+
+def test_registering_does_not_break_on_a_native_class():
+    """A later transformers may bring its own class under this name."""
+    import importlib
+
+    import parloop
+
+    importlib.reload(parloop)
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["plt_gate", "loop_gate_proj"])
+def test_saves_what_it_read(folder, tmp_path, dtype, gate):
+    """Names, dtypes, values and configuration, bit for bit."""
+    source = copy_case(folder, tmp_path, torch_dtype=str(dtype).removeprefix("torch."))
+    read = load_file(source / "model.safetensors")
+    read = {name.replace("plt_gate", gate): tensor.to(dtype) for name, tensor in read.items()}
+    save_file(read, source / "model.safetensors", metadata={"format": "pt"})
+
+    model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    model.save_pretrained(tmp_path / "saved")
+    written = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(written) == set(read)
+    for name, tensor in read.items():
+        assert written[name].dtype == dtype
+        assert torch.equal(written[name], tensor), name
+    assert json.loads((tmp_path / "saved/config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_the_gate_names_are_one_model(tmp_path):
+    source = copy_case(CASES[0], tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    weights = load_file(source / "model.safetensors")
+    save_file(
+        {name.replace("plt_gate", "loop_gate_proj"): tensor for name, tensor in weights.items()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for name, tensor in AutoModelForCausalLM.from_pretrained(source).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_new_configuration_is_written_in_the_released_names(tmp_path):
+    model = tiny_model(rope_scaling={"rope_type": "linear", "factor": 2.0}, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["IQuestPLTCoderForCausalLM"]
+    assert config["model_type"] == "iquestpltcoder"
+    assert config["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["torch_dtype"] == "bfloat16"
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+
+
+def test_a_changed_field_is_written_and_the_rest_as_read(tmp_path):
+    config = PLTConfig.from_pretrained(CASES[0], plt_num_loops=5)
+    config.save_pretrained(tmp_path)
+    read, written = (json.loads((folder / "config.json").read_text()) for folder in (CASES[0], tmp_path))
+    assert written == read | {"plt_num_loops": 5}
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (1e4, {"rope_type": "linear", "factor": 2.0})
+
+
+def test_sharded_checkpoints(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_tied_embeddings(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_gates_start_at_an_even_blend():
+    model = PLTForCausalLM(tiny_config())
+    for layer in model.model.layers:
+        assert not layer.self_attn.plt_gate.weight.any()
+        assert not layer.self_attn.plt_gate.bias.any()
+
+
+def released_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released checkpoint, written down from its specification."""
+    D, F, H, G, K, V, L = 5120, 27648, 40, 8, 128, 76800, 14
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for n in range(L):
+        shapes |= {
+            f"model.layers.{n}.input_layernorm.weight": (D,),
+            f"model.layers.{n}.post_attention_layernorm.weight": (D,),
+            f"model.layers.{n}.self_attn.q_proj.weight": (H * K, D),
+            f"model.layers.{n}.self_attn.k_proj.weight": (G * K, D),
+            f"model.layers.{n}.self_attn.v_proj.weight": (G * K, D),
+            f"model.layers.{n}.self_attn.o_proj.weight": (D, H * K),
+            f"model.layers.{n}.self_attn.plt_gate.weight": (H, D),
+            f"model.layers.{n}.self_attn.plt_gate.bias": (H,),
+            f"model.layers.{n}.self_attn.plt_gate.gate_norm.weight": (D,),
+            f"model.layers.{n}.mlp.gate_proj.weight": (F, D),
+            f"model.layers.{n}.mlp.up_proj.weight": (F, D),
+            f"model.layers.{n}.mlp.down_proj.weight": (D, F),
+        }
+    return shapes
+
+
+def test_the_released_shape_on_the_meta_device():
+    config = PLTConfig(
+        vocab_size=76800,
+        head_dim=128,
+        plt_num_loops=2,
+        plt_window_size=[64, 0],
+        plt_emb_scale=0.707,
+        plt_hidden_scale=0.053,
+        plt_gate_use_hidden_states=True,
+        torch_dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = PLTForCausalLM(config)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == released_shapes()
+    assert sum(p.numel() for p in model.parameters()) == 7_615_749_680  # "7.6B"

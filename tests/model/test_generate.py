@@ -1,0 +1,178 @@
+"""generate(): every decoding method gives what recomputing the whole text gives."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from test_batches import left_padded
+
+from parloop import cache_bytes, make_cache
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+
+
+def recomputed(model, ids, n=12, num_loops=None):
+    """Greedy tokens without any cache."""
+    with torch.no_grad():
+        for _ in range(n):
+            logits = model(ids, use_cache=False, num_loops=num_loops).logits
+            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("R", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"one_pass": False}, {"prefill_chunk_size": 4}])
+def test_greedy(R, options):
+    model = tiny_model(plt_num_loops=R)
+    ids = random_ids(2, 9)
+    assert model.generate(ids, **GREEDY, **options).tolist() == recomputed(model, ids).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7}])
+def test_greedy_left_padded(options):
+    model = tiny_model(plt_num_loops=3)
+    rows = [random_ids(n, seed=n) for n in (1, 5, 20)]
+    ids, mask = left_padded(rows)
+    output = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+    for row, tokens in zip(rows, output):
+        assert tokens[20:].tolist() == recomputed(model, row[None])[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_loop_dial(n, cache):
+    model = tiny_model(plt_num_loops=2)
+    ids = random_ids(1, 9)
+    output = model.generate(ids, num_loops=n, cache_implementation=cache, **GREEDY)
+    assert output.tolist() == recomputed(model, ids, num_loops=n).tolist()
+
+
+@pytest.mark.parametrize("R", [1, 3])
+def test_beam_search(R):
+    model = tiny_model(plt_num_loops=R)
+    ids = random_ids(2, 9)
+    options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    cached, plain = model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
+    assert cached.sequences.tolist() == plain.sequences.tolist()
+    torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores)
+
+
+def test_several_samples_per_prompt():
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(2, 9)
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "eos_token_id": None}
+    torch.manual_seed(1)
+    cached = model.generate(ids, **options)
+    torch.manual_seed(1)
+    assert cached.tolist() == model.generate(ids, use_cache=False, **options).tolist()
+    assert len({tuple(row) for row in cached.tolist()}) > 2
+
+
+@pytest.mark.parametrize("w", [0, 2, 30])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_assisted_decoding(R, w):
+    """Prompt lookup proposes tokens, rejected ones are cropped out of full layers, windows and carries."""
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0])
+    ids = random_ids(1, 4).repeat(1, 5)
+    options = {**GREEDY, "max_new_tokens": 30}
+    assert model.generate(ids, prompt_lookup_num_tokens=4, **options).tolist() == recomputed(model, ids, 30).tolist()
+
+
+def test_a_draft_model():
+    model, draft = tiny_model(plt_num_loops=3), tiny_model(plt_num_loops=2)
+    ids = random_ids(1, 9)
+    assert model.generate(ids, assistant_model=draft, **GREEDY).tolist() == recomputed(model, ids).tolist()
+
+
+def test_continuing_a_conversation_on_a_returned_cache():
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(1, 9)
+    first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat((first.sequences, random_ids(1, 6, seed=5)), dim=1)
+    second = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert second.tolist() == recomputed(model, longer).tolist()
+
+
+def test_a_prompt_cache_serves_many_continuations():
+    model = tiny_model(plt_num_loops=3)
+    prompt = random_ids(1, 9)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    for seed in (1, 2):
+        ids = torch.cat((prompt, random_ids(1, 4, seed=seed)), dim=1)
+        output = model.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        assert output.tolist() == recomputed(model, ids).tolist()
+
+
+def test_decode_steps_are_one_pass_over_the_weights():
+    """Every linear layer is called once per new token, with one row per loop; with one_pass=False once per loop."""
+    model = tiny_model(plt_num_loops=4)
+    calls = []
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, inputs, _: calls.append(tuple(inputs[0].shape)))
+    cache = make_cache(model.config)
+    linears = 7 * model.config.num_hidden_layers
+    with torch.no_grad():
+        model(random_ids(3, 9), past_key_values=cache)
+        assert len(calls) == 4 * linears
+        calls.clear()
+        model(random_ids(3, 1), past_key_values=cache)
+        assert len(calls) == linears
+        assert {shape[:2] for shape in calls} == {(3, 4)}  # rows, not passes
+        calls.clear()
+        model(random_ids(3, 1), past_key_values=cache, one_pass=False)
+        assert len(calls) == 4 * linears
+
+
+def test_cache_holds_one_full_layer_and_windows():
+    model = tiny_model(plt_num_loops=3, plt_window_size=[4, 0])
+    output = model.generate(random_ids(2, 50), return_dict_in_generate=True, **GREEDY)
+    B, G, K, L, R, w, D, size, S = 2, 2, 8, 2, 3, 4, 32, 8, 50 + 12 - 1
+    assert cache_bytes(output.past_key_values) == {
+        "full": B * 2 * L * S * G * K * size,
+        "window": B * 2 * L * (R - 1) * w * G * K * size,
+        "carry": B * (R - 1) * D * size,
+    }
+
+
+def test_loop_states_are_not_kept_while_generating():
+    model = tiny_model()
+    assert model.prepare_inputs_for_generation(random_ids(1, 4))["output_loop_states"] is False
+
+
+def test_hidden_states_and_attentions():
+    """Every visited layer in the order of computation: the embedding, then L entries per loop. Weights sum to one."""
+    model = tiny_model(plt_num_loops=3, attn="eager")
+    output = model(random_ids(2, 40), output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 1 + 3 * 2
+    assert len(output.attentions) == 3 * 2
+    for weights in output.attentions:
+        assert weights.shape == (2, 4, 40, 40)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 40, dtype=torch.float64))
+        assert weights.triu(1).abs().max() == 0
+    step = model(random_ids(2, 1), past_key_values=output.past_key_values, output_attentions=True)
+    assert [weights.shape[-1] for weights in step.attentions] == [41] * 6
+
+
+@pytest.mark.parametrize("w", [0, 3, 50])
+def test_attentions_of_later_loops_are_the_gated_mixture(w):
+    """Multiplying the returned weights of a later loop with one-hot values gives back what the layer attended to."""
+    model = tiny_model(plt_num_loops=2, attn="eager", plt_window_size=[w, 0], num_hidden_layers=1)
+    ids = random_ids(1, 40)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        whole = model(ids, output_attentions=True).attentions[1]
+        model(ids[:, :25], past_key_values=cache)
+        chunk = model(ids[:, 25:], past_key_values=cache, output_attentions=True).attentions[1]
+    torch.testing.assert_close(chunk, whole[:, :, 25:], atol=1e-10, rtol=0)
+    if w < 40:
+        gate = model.model.layers[0].self_attn.plt_gate
+        with torch.no_grad():
+            gate.weight.zero_()
+            gate.bias.fill_(-1e9)
+            local = model(ids, output_attentions=True).attentions[1][0, 0]
+        seen = (local > 0).sum(-1).tolist()
+        assert seen == [min(t + 1, w + 1) for t in range(40)]

@@ -1,0 +1,84 @@
+"""Gradients, gradient checkpointing, LoRA: what a trainer relies on."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+
+
+def test_gradcheck():
+    """The gradient of a toy, through every mechanism, against finite differences."""
+    model = tiny_model(
+        plt_num_loops=3, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4
+    )
+    names = [name for name, _ in model.named_parameters() if "embed" not in name]
+    e = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+
+    def logits(e, *values):
+        call = {"inputs_embeds": e, "use_cache": False}
+        return torch.func.functional_call(model, dict(zip(names, values)), kwargs=call).logits[..., :3]
+
+    values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(logits, (e, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("R", [1, 3])
+def test_gradient_checkpointing_changes_nothing_but_memory(R, use_reentrant):
+    model = tiny_model(plt_num_loops=R).train()
+    ids = random_ids(2, 40)
+
+    def step():
+        model.zero_grad()
+        held = []
+
+        def hold(tensor):
+            held.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        held_bytes = sum(held)
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}, held_bytes
+
+    loss, gradients, held = step()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    checkpointed_loss, checkpointed_gradients, checkpointed_held = step()
+    assert checkpointed_loss == pytest.approx(loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed_gradients[name], gradient, atol=1e-12, rtol=1e-9)
+    assert checkpointed_held < held / 2
+
+
+def test_training_mode_keeps_no_cache():
+    model = tiny_model().train()
+    assert model(random_ids(1, 4)).past_key_values is None
+
+
+def test_lora_trains_saves_and_merges(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    ids = random_ids(4, 20)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
+
+    model.eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-10, rtol=0)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-10, rtol=0)
+        assert merged.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 23)
