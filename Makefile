@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test lint clean
+.PHONY: study test lint clean
+
+study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
+	$(BIN)/parloop study --preset quick
 
 test: $(READY)       ## the whole suite
 	$(BIN)/pytest

@@ -143,6 +143,15 @@ def test_a_new_configuration_is_written_in_the_released_names(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
 
 
+def test_a_new_model_saves_its_gates_under_the_released_name(tmp_path):
+    """Not under the alias that loading accepts: a run that resumed from such a checkpoint lost its gates."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    model.model.save_pretrained(tmp_path / "base")
+    assert set(load_file(tmp_path / "base" / "model.safetensors")) == set(model.model.state_dict())
+
+
 def test_a_changed_field_is_written_and_the_rest_as_read(tmp_path):
     config = PLTConfig.from_pretrained(CASES[0], plt_num_loops=5)
     config.save_pretrained(tmp_path)

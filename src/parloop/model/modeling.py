@@ -302,6 +302,12 @@ class PLTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PLTDecoderLayer, "attentions": PLTAttention}
 
+    def __init__(self, config: PLTConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Note: save_pretrained undoes the renamings that loading did, and for a model that was never loaded it would undo
+        # all that are registered, so that a new model's gates were saved as loop_gate_proj and a resumed run lost them.
+        self._weight_conversions: list = []
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

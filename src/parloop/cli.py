@@ -1,0 +1,219 @@
+"""The `parloop` command: one verb, one function, no logic."""
+
+import dataclasses
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Group, Parameter
+from rich.console import Console
+
+from . import __version__
+from .corpus import SourceError
+from .generate import CheckpointError
+from .train import Recipe, RecipeError, TrainingDivergedError
+
+app = App(
+    name="parloop",
+    help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
+    version=__version__,
+)
+Many = Parameter(consume_multiple=True)
+
+
+def _overrides() -> type:
+    """The recipe's fields as options that are None unless given."""
+    options = []
+    hints = typing.get_type_hints(Recipe)
+    for f in dataclasses.fields(Recipe):
+        kind = hints[f.name] if isinstance(hints[f.name], types.UnionType) else hints[f.name] | None
+        default = getattr(Recipe(), f.name)
+        shown = f"{f.metadata['doc']} [recipe default: {default}]"
+        parameter = Parameter(help=shown, group=RECIPE, consume_multiple=True, negative=(), show_default=False)
+        options.append((f.name, Annotated[kind, parameter], None))
+    made = dataclasses.make_dataclass("Overrides", options)
+    made.__module__ = __name__  # cyclopts takes classes of the standard library for plain values
+    return made
+
+
+RECIPE = Group("Fields of the recipe, to override it", sort_key=2)
+Overrides: Any = _overrides()
+
+
+@app.command
+def train(
+    recipe: str,
+    /,
+    *,
+    output: Path | None = None,
+    fresh: bool = False,
+    overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
+) -> None:
+    """Train a model as a recipe says. Run it again to continue after an interruption.
+
+    Example: parloop train recipes/quick.yaml --num-loops 2 --learning-rate 2e-3
+
+    Parameters
+    ----------
+    recipe
+        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu.
+    output
+        Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
+    fresh
+        Delete what the folder holds and start over.
+    """
+    from .train import train as run
+
+    settings = Recipe.load(recipe, **vars(overrides))
+    folder = output or Path("runs/train", f"{Path(recipe).stem}-r{settings.num_loops}")
+    result = run(settings, folder, fresh=fresh)
+    Console().print(
+        f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
+        f"model: {folder}\nnext:  parloop generate {folder} 'def '",
+        highlight=False,
+    )
+
+
+@app.command
+def study(
+    source: str | None = None,
+    /,
+    *,
+    loops: Annotated[list[int] | None, Many] = None,
+    preset: str = "quick",
+    seeds: int = 1,
+    match: str = "tokens",
+    output: Path | None = None,
+    fresh: bool = False,
+    overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
+) -> None:
+    """Train one model per loop count under a matched protocol, and recommend a loop count.
+
+    Prints tables and the path of a report. Run it again to continue after an interruption.
+
+    Example: parloop study src/ --loops 1 2 3 --preset quick --seeds 3
+
+    Parameters
+    ----------
+    source
+        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME.
+    loops
+        The loop counts to compare. Default: 1 2 3 4.
+    preset
+        quick (minutes on two cores), laptop (an hour), gpu (half an hour on one large GPU), or a recipe file.
+    seeds
+        Trainings per loop count. Several make the intervals cover the luck of training.
+    match
+        tokens: the same training tokens for all. compute: the same training FLOPs.
+    output
+        Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default.
+    fresh
+        Delete the runs in the folder and start over.
+    """
+    from .report.page import write_study_report
+    from .report.terminal import study_tables
+    from .study import run_study
+
+    changes = {name: value for name, value in vars(overrides).items() if value is not None}
+    if source is not None:
+        changes["source"] = source
+    recipe = Recipe.load(preset, **changes)
+    folder = output or study_folder(preset, match, source)
+    console = Console()
+    results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
+    page = write_study_report(results, folder)
+    for table in study_tables(results):
+        console.print(table)
+    console.print(f"\n[bold]Take R = {results['chosen']}.[/] {results['verdict'].partition('. ')[2]}", highlight=False)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+def study_folder(preset: str, match: str, source: str | None) -> Path:
+    parts = ["study", Path(preset).stem, *([match] if match != "tokens" else [])]
+    if source is not None and source != "stdlib":
+        parts.append("".join(c if c.isalnum() else "-" for c in source).strip("-")[-40:])
+    return Path("runs", "-".join(parts))
+
+
+@app.command
+def generate(
+    checkpoint: str,
+    prompt: str = "",
+    /,
+    *,
+    loops: int | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Stream text from a checkpoint.
+
+    Example: parloop generate runs/study/r2-seed0 "def fibonacci(n):" --loops 1
+
+    Parameters
+    ----------
+    checkpoint
+        Folder or Hub name of a PLT checkpoint.
+    prompt
+        Text to continue. "-" reads it from the standard input.
+    loops
+        How often to run the stack. Default: as trained.
+    max_new_tokens
+        Length of the continuation, in tokens.
+    temperature
+        0: always the likeliest token. Higher: more variety.
+    top_p
+        Sample among the likeliest tokens that make up this probability.
+    seed
+        Seed of the sampling.
+    device
+        auto, cpu or cuda.
+    dtype
+        auto: as saved; or float32, bfloat16, float16.
+    """
+    from .generate import stream
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    stream(checkpoint, text, loops, max_new_tokens, temperature, top_p, seed, device, dtype)
+
+
+@app.command(help_flags=[])
+def run(
+    module: Annotated[str, Parameter(name=["-m", "--module"])],
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
+) -> None:
+    """Run any Python module that loads models by name, with PLT registered.
+
+    Example: parloop run -m lm_eval --model hf --model_args pretrained=CHECKPOINT --tasks TASK
+
+    Parameters
+    ----------
+    module
+        The module, as after `python -m`.
+    arguments
+        Its arguments.
+    """
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours say what is going on
+    console = Console(stderr=True)
+    try:
+        app()
+    except (SourceError, RecipeError, CheckpointError, TrainingDivergedError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted. Run the same command again to continue.")
+        sys.exit(130)

@@ -1,0 +1,149 @@
+"""Where text comes from: Python's own source and installed packages, folders and globs, jsonl and parquet, the Hub.
+
+Every source yields (name, text or None, reason): one document, or why something is not one. Nothing is fatal for one bad
+file; what was left out is counted by reason and named in the corpus's summary.
+"""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+Item = tuple[str, str | None, str]  # name, text or None, why there is no text
+
+STDLIB = "stdlib"  # the standard library of the running interpreter
+INSTALLED = "installed"  # that and every installed package
+HUB = "hub:"
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # extension -> loader of `datasets`
+NOT_TEXT = ("site-packages", "dist-packages", "__pycache__", ".git", ".hg", "node_modules", ".venv")
+
+
+class SourceError(ValueError):
+    """A source that cannot be read at all; the message says what to do."""
+
+
+def files_of(source: str) -> list[Path]:
+    """The files of a folder or glob, in an order that does not depend on the machine.
+
+    Raises:
+        SourceError: nothing is there.
+    """
+    if source in (STDLIB, INSTALLED):
+        paths = sysconfig.get_paths()
+        folders = [paths["stdlib"]] if source == STDLIB else [paths["stdlib"], paths["purelib"], paths["platlib"]]
+        return [path for folder in dict.fromkeys(folders) for path in _walk(Path(folder))]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _walk(path)
+    if path.is_file():
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+    if not matches:
+        what = "no file matches this glob" if glob.has_magic(source) else "no such file or folder"
+        raise SourceError(
+            f"source {source!r}: {what}. Use 'stdlib', 'installed', a folder, a glob such as 'src/**/*.py' (quoted), a .jsonl "
+            f"or .parquet file, or 'hub:OWNER/NAME' for a data set of the Hugging Face Hub."
+        )
+    return matches
+
+
+def _walk(top: Path) -> list[Path]:
+    found = []
+    for folder, subfolders, names in os.walk(top):
+        subfolders[:] = sorted(name for name in subfolders if name not in NOT_TEXT)
+        found += [Path(folder, name) for name in sorted(names)]
+    return found
+
+
+def table_files(source: str) -> tuple[str, list[Path]] | None:
+    """(loader, files) if the source is made of jsonl or parquet files, else None."""
+    if source in (STDLIB, INSTALLED) or source.startswith(HUB):
+        return None
+    path = Path(source).expanduser()
+    suffix = Path(source.rstrip("*")).suffix or path.suffix
+    loader = TABLES.get(suffix)
+    return None if loader is None else (loader, files_of(source))
+
+
+def fingerprint(source: str) -> list:
+    """What identifies the content of a source: names, sizes and times of its files. Empty for the Hub."""
+    if source.startswith(HUB):
+        return []
+    stats = [(path, path.lstat()) for path in files_of(source)]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_bytes: int) -> Iterator[Item]:
+    """All documents of a source, in an order that does not depend on the machine."""
+    if source.startswith(HUB):
+        yield from _read_table(_open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
+    elif (table := table_files(source)) is not None:
+        from datasets import load_dataset
+
+        loader, files = table
+        try:
+            rows = load_dataset(loader, data_files=[str(path) for path in files], split="train", streaming=True)
+            yield from _read_table(rows, text_column, max_file_bytes)
+        except SourceError:
+            raise
+        except Exception as error:
+            raise SourceError(f"source {source!r} cannot be read as {loader}: {error}") from error
+    else:
+        single = Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
+        for path in files_of(source):
+            if extensions and not single and path.suffix not in extensions:
+                yield str(path), None, f"not {' or '.join(extensions)}"
+            else:
+                yield _read_file(path, max_file_bytes)
+
+
+def _read_file(path: Path, max_file_bytes: int) -> Item:
+    name = str(path)
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return name, None, "empty"
+        if size > max_file_bytes:
+            return name, None, f"over {max_file_bytes:,} bytes"
+        data = path.read_bytes()
+    except OSError:
+        return name, None, "unreadable"
+    if b"\0" in data:
+        return name, None, "binary"
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return name, None, "not UTF-8"
+    return (name, text, "") if text.strip() else (name, None, "empty")
+
+
+def _read_table(rows, text_column: str, max_file_bytes: int) -> Iterator[Item]:
+    for number, row in enumerate(rows):
+        if text_column not in row:
+            raise SourceError(f"there is no column {text_column!r}: choose text_column among {sorted(row)}.")
+        text = row[text_column]
+        name = f"row {number}"
+        if not isinstance(text, str):
+            yield name, None, "not text"
+        elif not text.strip():
+            yield name, None, "empty"
+        elif len(text.encode("utf-8", "surrogatepass")) > max_file_bytes:
+            yield name, None, f"over {max_file_bytes:,} bytes"
+        else:
+            yield name, text, ""
+
+
+def _open_hub(name: str):
+    """A streamed data set: NAME, NAME:CONFIG, each optionally followed by @SPLIT (default train)."""
+    from datasets import load_dataset
+
+    name, _, split = name.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:
+        raise SourceError(
+            f"data set {name!r} of the Hub cannot be opened ({type(error).__name__}: {error}). Check its name and split "
+            f"(hub:OWNER/NAME:CONFIG@SPLIT), your connection, and HF_TOKEN if it is private."
+        ) from error

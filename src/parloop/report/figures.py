@@ -1,0 +1,128 @@
+"""Figures of the reports: matplotlib, colours that colour-blind readers can tell apart, a unit on every axis."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette; markers and dashes repeat what the colour says.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = ["-", "--", "-.", ":"]
+
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "parloop",
+}
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element to put into a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+
+
+def look(n: int) -> dict[str, Any]:
+    """Colour, marker and dash of loop count n."""
+    return {
+        "color": COLORS[(n - 1) % len(COLORS)],
+        "marker": MARKERS[(n - 1) % len(MARKERS)],
+        "linestyle": DASHES[(n - 1) % 4],
+    }
+
+
+def loss_curves(results: dict[str, Any]) -> Figure:
+    """Training loss (smoothed, thin) and validation loss (marked) against training tokens."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.0))
+        per_step = results["recipe"]["batch_size"] * results["recipe"]["length"]
+        for row in results["rows"]:
+            style = look(row["loops"])
+            for i, (curve, validation) in enumerate(zip(row["loss_curves"], row["validation_curves"])):
+                steps, losses = np.array(curve).T
+                width = max(1, len(losses) // 40)
+                smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+                axes.plot(steps * per_step / 1e6, smooth, color=style["color"], alpha=0.45, linewidth=1)
+                if validation:
+                    steps, losses = np.array(validation).T
+                    label = f"R = {row['loops']}" if i == 0 else None
+                    axes.plot(steps * per_step / 1e6, losses, label=label, markersize=4, **style)
+        axes.set_xlabel("training tokens (millions)")
+        axes.set_ylabel("loss (nats per token)")
+        final = [curve[-1][1] for row in results["rows"] for curve in row["validation_curves"] if curve]
+        if final:
+            axes.set_ylim(min(final) - 0.1, max(final) + 2.0)
+        axes.legend(title="validation; thin: training")
+    return figure
+
+
+def loss_against_loops(results: dict[str, Any]) -> Figure:
+    """Held-out loss with intervals and the read-outs of intermediate loops; below, the paired difference."""
+    rows, base = results["rows"], results["base"]
+    counts = [row["loops"] for row in rows]
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 5.2), height_ratios=[3, 2], sharex=True)
+        middle, low, high = np.array([row["bits_per_byte"] for row in rows]).T
+        bars = [middle - low, high - middle]
+        top.errorbar(counts, middle, yerr=bars, color="black", marker="o", capsize=4, label="last loop, 95% interval")
+        shown = set()
+        for row in rows:
+            for r, value in enumerate(row["bits_per_byte_after_loop"][:-1], 1):
+                label = None if r in shown else f"read out after loop {r}"
+                shown.add(r)
+                top.plot(row["loops"], value, color=COLORS[r - 1], marker=MARKERS[r], linestyle="", label=label)
+        top.set_ylabel("held-out loss (bits per byte)")
+        top.legend()
+        middle, low, high = np.array([row["difference_to_base"] for row in rows]).T
+        bars = [middle - low, high - middle]
+        bottom.axhline(0, color="black", linewidth=0.8)
+        bottom.errorbar(counts, middle, yerr=bars, color=COLORS[0], marker="s", capsize=4, linestyle="--")
+        bottom.set_ylabel(f"paired difference\nto R = {base} (bits per byte)")
+        bottom.set_xlabel("loop count R")
+        bottom.set_xticks(counts)
+    return figure
+
+
+def cost_against_loops(results: dict[str, Any]) -> Figure:
+    """Costs relative to the smallest loop count."""
+    rows = results["rows"]
+    counts = [row["loops"] for row in rows]
+    lines = [
+        ("training FLOPs per token", [row["training_flops"] / row["training_tokens"] for row in rows]),
+        ("training time per token", [1 / row["training_tokens_per_second"] for row in rows]),
+        ("prefill time", [row["prefill_ms"] for row in rows]),
+        ("decode, a pass per loop", [row["decode_pass_per_loop_ms"] for row in rows]),
+        ("decode, one pass", [row["decode_ms"] for row in rows]),
+        ("memory of a training step", [row["peak_training_bytes"] for row in rows]),
+    ]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.0))
+        for i, (label, values) in enumerate(lines):
+            relative = np.array(values) / values[0]
+            axes.plot(counts, relative, label=label, color=COLORS[i], marker=MARKERS[i], linestyle=DASHES[i % 4])
+        axes.set_xticks(counts)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("loop count R")
+        axes.set_ylabel(f"cost over that of R = {counts[0]} (ratio)")
+        axes.legend()
+    return figure

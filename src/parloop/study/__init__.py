@@ -1,0 +1,3 @@
+from .study import run_study
+
+__all__ = ["run_study"]

@@ -1,0 +1,252 @@
+"""Reading, splitting, tokenizing, packing."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from parloop.corpus import CorpusSettings, SourceError, collate, load_corpus, pack, train_tokenizer
+from parloop.corpus.sources import read
+
+QUIET = Console(quiet=True)
+
+
+def write_sources(folder, n=60, seed=0):
+    """A folder of n distinct Python files of about 3 kB."""
+    rng = random.Random(seed)
+    names = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    for i in range(n):
+        lines = [f"def {rng.choice(names)}_{i}_{j}(x):\n    return x + {rng.randrange(1000)}\n" for j in range(70)]
+        path = folder / f"package_{i % 3}" / f"module_{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines))
+    return folder
+
+
+def settings(source, **changes):
+    fields = {"source": str(source), "vocab_size": 300, "length": 32, "validation_share": 0.2}
+    return CorpusSettings(**(fields | changes))
+
+
+def test_bad_files_are_left_out_counted_and_named(tmp_path):
+    folder = write_sources(tmp_path / "src")
+    (folder / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
+    (folder / "empty.py").write_text("")
+    (folder / "blank.py").write_text("\n\n")
+    (folder / "latin.py").write_bytes("# café".encode("latin-1"))
+    (folder / "huge.py").write_text("x = 1\n" * 5000)
+    (folder / "copy.py").write_text((folder / "package_0/module_0.py").read_text())
+    (folder / "notes.md").write_text("notes")
+    (folder / "dangling.py").symlink_to(tmp_path / "nowhere")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "module.py").write_text("never = 'read'")
+    corpus = load_corpus(settings(folder, max_file_bytes=20_000), tmp_path / "cache", QUIET)
+    assert corpus.summary["left_out"] == {
+        "empty": 2,
+        "binary": 1,
+        "not UTF-8": 1,
+        "over 20,000 bytes": 1,
+        "duplicate": 1,
+        "not .py": 1,
+        "unreadable": 1,
+    }
+    assert corpus.summary["left_out_names"]["binary"] == [str(folder / "picture.py")]
+    assert corpus.summary["train"]["documents"] + corpus.summary["validation"]["documents"] == 60
+    console = Console(record=True, width=100)
+    corpus.print_summary(console)
+    text = console.export_text()
+    assert "1 binary" in text
+    assert "train" in text
+
+
+def test_nothing_leaks_and_nothing_moves(tmp_path):
+    """Each document's side depends on its text alone: adding and renaming files moves nothing."""
+    a = write_sources(tmp_path / "a")
+    first = load_corpus(settings(a), tmp_path / "cache", QUIET)
+    b = tmp_path / "b"
+    b.mkdir()
+    for path in a.rglob("*.py"):
+        (b / f"renamed_{path.name}").write_text(path.read_text())
+    (b / "another.py").write_text("def another():\n    return 'something else entirely'\n" * 30)
+    second = load_corpus(settings(b), tmp_path / "cache", QUIET)
+    one, two = set(first.validation["text"]), set(second.validation["text"])
+    assert one <= two
+    assert len(two - one) <= 1
+    train_text = first.tokenizer.decode(np.concatenate([row["input_ids"] for row in first.train]), skip_special_tokens=True)
+    for text in one:
+        assert text[:200] not in train_text
+
+
+def test_the_tokenizer_has_seen_the_train_split_only(tmp_path, monkeypatch):
+    from parloop.corpus import corpus as module
+
+    seen = []
+
+    def spy(texts, vocab_size):
+        seen.extend(texts)
+        return train_tokenizer(seen, vocab_size)
+
+    monkeypatch.setattr(module, "train_tokenizer", spy)
+    corpus = load_corpus(settings(write_sources(tmp_path / "src")), tmp_path / "cache", QUIET)
+    assert len(seen) == corpus.summary["train"]["documents"]
+    assert not set(seen) & set(corpus.validation["text"])
+
+
+def test_the_cache_is_used_and_notices_changes(tmp_path, monkeypatch):
+    from parloop.corpus import corpus as module
+
+    folder = write_sources(tmp_path / "src")
+    made = []
+    original = module._make
+    monkeypatch.setattr(module, "_make", lambda *a: made.append(1) or original(*a))
+    first = load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    again = load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    assert len(made) == 1
+    assert first.folder == again.folder
+    load_corpus(settings(folder, length=64), tmp_path / "cache", QUIET)
+    assert len(made) == 2
+    (folder / "new.py").write_text("x = 1\n" * 100)
+    load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    assert len(made) == 3
+    assert sorted(path.name for path in (tmp_path / "cache" / "corpus").iterdir()) == sorted(
+        {path.name for path in (tmp_path / "cache" / "corpus").iterdir() if (path / "summary.json").exists()}
+    )
+
+
+def test_an_interrupted_preparation_leaves_no_half_corpus(tmp_path, monkeypatch):
+    from parloop.corpus import corpus as module
+
+    folder = write_sources(tmp_path / "src")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    assert list((tmp_path / "cache" / "corpus").iterdir()) == []
+    monkeypatch.undo()
+    assert len(load_corpus(settings(folder), tmp_path / "cache", QUIET).train) > 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "glob", "file list"])
+def test_other_sources(tmp_path, kind):
+    from datasets import Dataset
+
+    folder = write_sources(tmp_path / "src")
+    texts = sorted(path.read_text() for path in folder.rglob("*.py"))
+    source, column = None, "text"
+    if kind == "jsonl":
+        source, column = tmp_path / "rows.jsonl", "code"
+        rows = [{"code": text, "n": i} for i, text in enumerate(texts)] + [{"code": "", "n": -1}, {"code": None, "n": -2}]
+        source.write_text("\n".join(json.dumps(row) for row in rows))
+    elif kind == "parquet":
+        source = tmp_path / "rows.parquet"
+        Dataset.from_dict({"text": texts}).to_parquet(str(source))
+    elif kind == "glob":
+        source = f"{folder}/**/*.py"
+    else:
+        source = f"{folder}/package_*/*"
+    corpus = load_corpus(settings(source, text_column=column), tmp_path / "cache", QUIET)
+    assert corpus.summary["train"]["documents"] + corpus.summary["validation"]["documents"] == 60
+    assert set(corpus.validation["text"]) <= set(texts)
+    if kind == "jsonl":
+        assert corpus.summary["left_out"] == {"empty": 1, "not text": 1}
+
+
+def test_a_hub_data_set_is_streamed(tmp_path):
+    """The Hub's code path, on a local data set folder: streaming, split and column by name."""
+    from datasets import Dataset
+
+    folder = write_sources(tmp_path / "src")
+    texts = sorted(path.read_text() for path in folder.rglob("*.py"))
+    (tmp_path / "dataset").mkdir()
+    Dataset.from_dict({"content": texts}).to_parquet(str(tmp_path / "dataset" / "train-00000.parquet"))
+    Dataset.from_dict({"content": texts[:3]}).to_parquet(str(tmp_path / "dataset" / "test-00000.parquet"))
+    name = f"hub:{tmp_path / 'dataset'}"
+    corpus = load_corpus(settings(name, text_column="content"), tmp_path / "cache", QUIET)
+    assert corpus.summary["train"]["documents"] + corpus.summary["validation"]["documents"] == 60
+    assert len(list(read(f"{name}@test", (), "content", 10**6))) == 3
+    half = load_corpus(settings(name, text_column="content", max_bytes=90_000), tmp_path / "cache", QUIET)
+    assert half.summary["train"]["documents"] < corpus.summary["train"]["documents"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such file or folder"),
+        ("/no/such/*.py", "no file matches this glob"),
+        ("hub:owner/there-is-no-such-data-set", "of the Hub cannot be opened"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, source, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceError, match=message):
+        load_corpus(settings(source), tmp_path / "cache", QUIET)
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "text"}))
+    with pytest.raises(SourceError, match=r"no column 'text': choose text_column among \['body'\]"):
+        load_corpus(settings(tmp_path / "rows.jsonl"), tmp_path / "cache", QUIET)
+
+
+def test_broken_jsonl(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{not json\n")
+    with pytest.raises(SourceError, match="cannot be read as json"):
+        load_corpus(settings(tmp_path / "rows.jsonl"), tmp_path / "cache", QUIET)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for i in range(5):
+        (tmp_path / f"picture_{i}.png").write_bytes(b"\x89PNG\0")
+    with pytest.raises(SourceError, match=r"too little text.*Needed are about 4,096 bytes.*5 not .py.*--extensions"):
+        load_corpus(settings(tmp_path), tmp_path / "cache", QUIET)
+
+
+def test_too_little_text_says_how_much_is_needed(tmp_path):
+    (tmp_path / "one.py").write_text("x = 1\n")
+    with pytest.raises(SourceError, match="Needed are about"):
+        load_corpus(settings(tmp_path), tmp_path / "cache", QUIET)
+
+
+def test_the_standard_library_is_the_default():
+    items = read("stdlib", (".py",), "text", 10**6)
+    name, text, _reason = next(item for item in items if item[1] is not None)
+    assert name.endswith(".py")
+    assert text
+
+
+def test_pack():
+    """Position ids restart with every document and every row; an incomplete last row is left out."""
+    documents = [np.arange(10, 13), np.arange(20, 27), np.arange(30, 32)]
+    rows = pack(documents, 4)
+    assert rows["input_ids"].tolist() == [[10, 11, 12, 20], [21, 22, 23, 24], [25, 26, 30, 31]]
+    assert rows["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
+    assert pack([], 4)["input_ids"].shape == (0, 4)
+    assert pack([np.arange(3)], 4)["input_ids"].shape == (0, 4)
+
+
+def test_a_first_token_is_never_a_target():
+    rows = pack([np.arange(10, 13), np.arange(20, 27)], 5)
+    batch = collate([{name: rows[name][i] for name in rows} for i in range(2)])
+    assert batch["labels"].tolist() == [[-100, 11, 12, -100, 21], [-100, 23, 24, 25, 26]]
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_tokenizer_round_trip(tmp_path):
+    tokenizer = train_tokenizer(["def f(x):\n\treturn x  # é\n"] * 5, 300)
+    text = "class Ünïcode:\r\n    '''🙂'''\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id == 1
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    with pytest.raises(ValueError, match="at least 259"):
+        train_tokenizer(["x"], 100)

@@ -1,0 +1,247 @@
+"""The study from end to end at tiny size: runs, resumption, results, report, terminal, command line."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+from test_corpus import write_sources
+
+from parloop.model.flops import forward_flops_per_token, training_flops_per_token
+from parloop.report.page import write_study_report
+from parloop.report.terminal import study_tables
+from parloop.study import run_study
+from parloop.study.measure import cache_bytes_of, peak_training_bytes
+from parloop.train import Recipe, RecipeError
+
+QUIET = Console(quiet=True)
+TINY = {
+    "vocab_size": 300,
+    "length": 32,
+    "validation_share": 0.2,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "window_tokens": 8,
+    "tokens": 20 * 4 * 32,
+    "log_every": 5,
+    "eval_every": 10,
+    "eval_rows": 4,
+    "save_every": 7,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PARLOOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return Recipe(source=str(write_sources(tmp_path_factory.mktemp("source"))), **TINY)
+
+
+@pytest.fixture(scope="module")
+def study(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies") / "tokens"
+    results = run_study(recipe, folder, loops=[1, 2, 3], seeds=2, console=QUIET, command="parloop study")
+    return folder, results
+
+
+def test_results_are_complete(study):
+    folder, results = study
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert [row["loops"] for row in results["rows"]] == [1, 2, 3]
+    for row in results["rows"]:
+        n = row["loops"]
+        value, low, high = row["bits_per_byte"]
+        assert low <= value <= high
+        assert len(row["bits_per_byte_after_loop"]) == n
+        assert row["bits_per_byte_after_loop"][-1] == pytest.approx(value)
+        assert row["training_tokens"] == 20 * 4 * 32
+        assert 0 < row["next_token_accuracy"] < 1
+        for name in ("prefill_ms", "decode_ms", "decode_pass_per_loop_ms", "training_tokens_per_second", "training_seconds"):
+            assert row[name] > 0
+        assert row["cache_bytes"]["per_token"] == 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head size, float32
+        assert row["cache_bytes"]["fixed"] == (n - 1) * (2 * 2 * 8 * 2 * 8 * 4 + 32 * 4)
+        assert len(row["loss_curves"]) == 2
+        assert len(row["runs"]) == 2
+    assert results["rows"][0]["difference_to_base"] == [0, 0, 0]
+    assert results["chosen"] in (1, 2, 3)
+    assert results["verdict"].startswith(f"Take R = {results['chosen']}. ")
+    assert results["environment"]["torch"]
+    peaks = [row["peak_training_bytes"] for row in results["rows"]]
+    assert peaks == sorted(peaks)
+
+
+def test_running_again_keeps_what_is_done_and_continues_what_is_not(study, recipe, monkeypatch):
+    folder, results = study
+    (folder / "r2-seed1" / "training.json").unlink()  # as if interrupted before its end
+    built = []
+    from parloop.train import pretrain
+
+    original = pretrain.build_model
+    monkeypatch.setattr(pretrain, "build_model", lambda *a: built.append(a[0].num_loops) or original(*a))
+    again = run_study(recipe, folder, loops=[1, 2, 3], seeds=2, console=QUIET)
+    assert built == [2]
+    for one, two in zip(results["rows"], again["rows"]):
+        assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], abs=1e-6)
+
+
+def test_seeds_differ_and_loops_share_their_data(study):
+    rows = study[1]["rows"]
+    assert rows[0]["loss_curves"][0] != rows[0]["loss_curves"][1]
+
+
+def test_equal_compute(recipe, tmp_path):
+    results = run_study(recipe, tmp_path, loops=[1, 3], match="compute", console=QUIET)
+    flops = [row["training_flops"] for row in results["rows"]]
+    assert flops[0] == pytest.approx(flops[1], rel=0.05)
+    tokens = [row["training_tokens"] for row in results["rows"]]
+    assert tokens[0] > 2 * tokens[1]
+    assert "the same training compute" in results["verdict"]
+
+
+def test_a_study_of_another_recipe_is_refused(study, recipe):
+    with pytest.raises(RecipeError, match="another recipe"):
+        run_study(Recipe(**(vars(recipe) | {"learning_rate": 1e-4})), study[0], loops=[1], console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"loops": [0]}, "at least 1"), ({"seeds": 0}, "at least 1"), ({"match": "time"}, "tokens, compute")],
+)
+def test_impossible_settings(recipe, tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        run_study(recipe, tmp_path, console=QUIET, **change)
+
+
+class Links(HTMLParser):
+    """What a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.text, self.svgs = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.svgs += tag == "svg"
+        for name, value in attributes:
+            if name in ("src", "srcset") or (name == "href" and tag == "link"):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_is_one_file_that_fetches_nothing(study):
+    folder, results = study
+    page = write_study_report(results, folder)
+    html = page.read_text()
+    parser = Links()
+    parser.feed(html)
+    assert parser.fetched == []
+    assert "@import" not in html
+    assert parser.svgs == 3
+    text = " ".join(parser.text)
+    assert f"Take R = {results['chosen']}." in text
+    for row in results["rows"]:
+        assert f"{row['bits_per_byte'][0]:.3f}" in text
+    assert {path.name for path in folder.glob("*.png")} == {"loss.png", "curves.png", "cost.png"}
+    readme = (folder / "README.md").read_text()
+    assert f"parloop generate {folder}/r2-seed0" in readme
+
+
+def test_tables_fit_the_terminal(study):
+    for width in (80, 100):
+        console = Console(width=width, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+        for table in study_tables(study[1]):
+            console.print(table)
+        text = console.export_text()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        assert f"{study[1]['rows'][1]['bits_per_byte'][0]:.3f}" in text
+
+
+def test_the_command_line(recipe, tmp_path):
+    """parloop study, generate, and their errors, as a user meets them."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+    def parloop(*arguments):
+        command = [sys.executable, "-m", "parloop", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    done = parloop("study", recipe.source, "--loops", "1", "2", "--output", "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Take R = " in done.stdout
+    assert "report: out/report.html" in done.stdout
+    assert "run 2 of 2: R = 2" in done.stdout
+    done = parloop("generate", "out/r2-seed0", "def alpha", "--max-new-tokens", "5", "--loops", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def alpha")
+
+    for arguments, message in (
+        (["study", "no/such/folder"], "no such file or folder"),
+        (["study", "--preset", "huge"], "neither a file nor one of the shipped recipes (gpu, laptop, quick)"),
+        (["train", "quick", "--num-loops", "0"], "num_loops=0 must be at least 1"),
+        (["generate", "no/such/checkpoint"], "checkpoint 'no/such/checkpoint' cannot be loaded"),
+    ):
+        done = parloop(*arguments)
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split()), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_flops_against_counted_matrix_products(recipe):
+    """The formula against what torch's counter sees, with every token's whole row of keys counted by both."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from parloop.train import build_model
+
+    for n in (1, 2, 3):
+        model = build_model(Recipe(**(vars(recipe) | {"num_loops": n, "attention": "eager"})))
+        T = 64
+        with FlopCounterMode(display=False) as counter:
+            import torch
+
+            model(torch.full((1, T), 3), use_cache=False)
+        config = model.config
+        H, K, w, block = config.num_attention_heads, config.head_dim, config.window_tokens, 32
+        per_token = forward_flops_per_token(config, T)
+        # Eager attention computes all T keys, the formula counts those that are seen; bands compute w + block of w + 1.
+        unseen = config.num_hidden_layers * 4 * H * K * (n * (T - (T + 1) / 2) + (n - 1) * (w + block - (w + 1)))
+        assert counter.get_total_flops() / T == pytest.approx(per_token + unseen, rel=1e-6)
+        assert training_flops_per_token(config, T) == 3 * per_token
+
+
+def test_memory_of_a_training_step_is_counted():
+    """A chain of n linear layers without bias keeps n activations for the backward pass."""
+    import torch
+
+    from parloop.study.measure import LiveBytes
+
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b * 2
+        del b, c
+    assert live.peak == 2 * 4000
+    assert live.alive == 0
+
+
+def test_cache_and_memory_of_a_model(recipe):
+    from parloop.train import build_model
+
+    one, two = (build_model(Recipe(**(vars(recipe) | {"num_loops": n}))) for n in (1, 2))
+    assert cache_bytes_of(one, 32)["fixed"] == 0
+    assert peak_training_bytes(two, 2, 32) > 1.5 * peak_training_bytes(one, 2, 32)
+    assert math.isfinite(peak_training_bytes(one, 2, 32))

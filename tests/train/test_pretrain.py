@@ -1,0 +1,189 @@
+"""Training runs: they learn, they resume exactly, and they stop when they are lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_corpus import write_sources
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parloop.corpus import load_corpus
+from parloop.train import Recipe, RecipeError, TrainingDivergedError, build_model, train
+from parloop.train.pretrain import last_whole_checkpoint
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return Recipe(
+        source=str(write_sources(tmp_path_factory.mktemp("source"))),
+        vocab_size=300,
+        length=32,
+        validation_share=0.2,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        window_tokens=8,
+        tokens=30 * 4 * 32,
+        batch_size=4,
+        log_every=1,
+        eval_every=10,
+        eval_rows=8,
+        save_every=7,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(recipe, tmp_path_factory):
+    return load_corpus(recipe.corpus_settings(), tmp_path_factory.mktemp("cache"), QUIET)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train(recipe, folder, corpus=corpus, console=QUIET)
+
+
+def changed(recipe, **changes):
+    return Recipe(**(vars(recipe) | changes))
+
+
+def test_a_run_learns_and_leaves_a_usable_model(recipe, finished):
+    folder, result = finished
+    losses = [loss for _, loss in result["loss_curve"]]
+    assert len(losses) == recipe.steps == 30
+    assert losses[-1] < losses[0] - 1.5
+    assert [step for step, _ in result["validation_curve"]] == [10, 20, 30]
+    assert result["validation_curve"][-1][1] < result["validation_curve"][0][1]
+    assert result["tokens"] == recipe.tokens
+    assert not list(folder.glob("checkpoint-*"))
+    assert any(folder.rglob("events.out.tfevents*"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    output = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=5)
+    assert output.shape[1] > 3
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_finished_run_is_left_alone(recipe, finished, monkeypatch):
+    folder, result = finished
+    monkeypatch.setattr("parloop.train.pretrain.build_model", None)
+    assert train(recipe, folder, console=QUIET) == result
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [3, 16])
+def test_an_interrupted_run_continues_to_the_same_result(recipe, corpus, finished, tmp_path, stop_after):
+    """Before the first checkpoint, and between two."""
+
+    def stop(step, loss):
+        if step == stop_after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=stop)
+    saved = last_whole_checkpoint(tmp_path / "run")
+    assert (saved is None) == (stop_after < recipe.save_every)
+    result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert_same_run(finished, (tmp_path / "run", result))
+
+
+def assert_same_run(one, two):
+    (folder, result), (other_folder, other) = one, two
+    assert [step for step, _ in other["loss_curve"]] == [step for step, _ in result["loss_curve"]]
+    for (_, a), (_, b) in zip(result["loss_curve"], other["loss_curve"]):
+        assert a == pytest.approx(b, abs=1e-5)
+    weights, other_weights = load_file(folder / "model.safetensors"), load_file(other_folder / "model.safetensors")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_kill_minus_nine(recipe, finished, tmp_path):
+    """The command line, killed while it trains, run again."""
+    slow = changed(recipe, save_every=2)
+    slow.save(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "parloop", "train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
+    environment = os.environ | {"PARLOOP_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "run").glob("checkpoint-*")) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "training.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "30 steps" in done.stdout
+    result = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert_same_run(finished, (tmp_path / "run", result))
+
+
+def test_half_a_checkpoint_is_passed_over(recipe, tmp_path):
+    whole, half, torn = (tmp_path / f"checkpoint-{n}" for n in (7, 14, 21))
+    for folder in (whole, half, torn):
+        folder.mkdir()
+    (whole / "trainer_state.json").write_text("{}")
+    (torn / "trainer_state.json").write_text('{"epoch": 0.')
+    assert last_whole_checkpoint(tmp_path) == whole
+    assert not half.exists()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe, finished):
+    folder, _ = finished
+    with pytest.raises(
+        RecipeError, match=r"another recipe \(learning_rate .* -> 0.5\): choose another output, or start over"
+    ):
+        train(changed(recipe, learning_rate=0.5), folder, console=QUIET)
+
+
+def test_a_folder_with_other_files_is_refused(recipe, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RecipeError, match="is not empty and holds no run"):
+        train(recipe, tmp_path, console=QUIET)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_diverging_run_is_stopped(recipe, corpus, tmp_path):
+    wild = changed(recipe, learning_rate=30.0, warmup_share=0.0, max_grad_norm=1e9, tokens=200 * 4 * 32)
+    with pytest.raises(TrainingDivergedError, match="Lower learning_rate"):
+        train(wild, tmp_path / "run", corpus=corpus, console=QUIET)
+
+
+def test_nan_is_stopped_at_once(recipe, corpus, tmp_path, monkeypatch):
+    from parloop.train import pretrain
+
+    def broken(recipe, tokenizer):
+        model = build_model(recipe, tokenizer)
+        with torch.no_grad():
+            model.lm_head.weight[3] = torch.nan
+        return model
+
+    monkeypatch.setattr(pretrain, "build_model", broken)
+    with pytest.raises(TrainingDivergedError, match="the loss is nan at step 1"):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+
+
+def test_gradient_accumulation_is_the_same_run(recipe, corpus, finished, tmp_path):
+    result = train(changed(recipe, gradient_accumulation=2), tmp_path / "run", corpus=corpus, console=QUIET)
+    for (_, a), (_, b) in zip(finished[1]["loss_curve"], result["loss_curve"]):
+        assert a == pytest.approx(b, abs=2e-3)
+
+
+def test_loop_counts_start_from_the_same_draws(recipe):
+    one, three = (build_model(changed(recipe, num_loops=n)).state_dict() for n in (1, 3))
+    for name, tensor in one.items():
+        ratio = 3**-0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        torch.testing.assert_close(three[name], tensor * ratio)
+    assert [name for name in three if name not in one and three[name].any() and "norm" not in name] == []
+    assert not torch.equal(build_model(changed(recipe, seed=1)).state_dict()["lm_head.weight"], one["lm_head.weight"])
