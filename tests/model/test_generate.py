@@ -176,3 +176,8 @@ def test_attentions_of_later_loops_are_the_gated_mixture(w):
             local = model(ids, output_attentions=True).attentions[1][0, 0]
         seen = (local > 0).sum(-1).tolist()
         assert seen == [min(t + 1, w + 1) for t in range(40)]
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="left-padded batch instead"):
+        tiny_model().generate_batch([[3, 4, 5]], max_new_tokens=2)

@@ -187,3 +187,24 @@ def test_loop_counts_start_from_the_same_draws(recipe):
         torch.testing.assert_close(three[name], tensor * ratio)
     assert [name for name in three if name not in one and three[name].any() and "norm" not in name] == []
     assert not torch.equal(build_model(changed(recipe, seed=1)).state_dict()["lm_head.weight"], one["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["quick", "laptop", "gpu"])
+def test_shipped_recipes_run_at_tiny_size(name, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARLOOP_CACHE", str(tmp_path / "cache"))
+    tiny = {
+        "vocab_size": 300,
+        "length": 32,
+        "max_bytes": 0,
+        "validation_share": 0.2,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    small = Recipe.load(
+        name, source=recipe.source, **tiny, **heads, window_tokens=8, device="cpu", eval_every=2, eval_rows=2
+    )
+    small = changed(small, tokens=3 * small.batch_size * 32, log_every=1)
+    result = train(small, tmp_path / "run", console=QUIET)
+    assert result["steps"] == 3
+    assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] + 0.1

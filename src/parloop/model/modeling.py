@@ -559,6 +559,12 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "transformers' continuous batching pages full and sliding layers only and cannot hold the state that a PLT "
+            "carries from token to token: use generate() with a left-padded batch instead."
+        )
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         """All masks of a step in advance, for compiled decoding with a static cache."""
