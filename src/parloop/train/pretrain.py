@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,10 @@ def train(
     checkpoint = last_whole_checkpoint(output)
     if checkpoint is not None:
         console.print(f"continuing {output} from {checkpoint.name}", highlight=False)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with warnings.catch_warnings():
+        # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
+        warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     trainer.save_model(str(output))
     corpus.tokenizer.save_pretrained(output)
