@@ -4,12 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from .diagnosis import Diagnosis, diagnose
 from .model.cache import cache_bytes, make_cache
 from .model.configuration import PLTConfig
 from .model.modeling import PLTForCausalLM, PLTModel
 
 __version__ = "0.1.0"
-__all__ = ["PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "make_cache"]
+__all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]
 
 AutoConfig.register(PLTConfig.model_type, PLTConfig, exist_ok=True)
 AutoModel.register(PLTConfig, PLTModel, exist_ok=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from . import __version__
 from .corpus import SourceError
+from .diagnosis import DiagnosisError
 from .generate import CheckpointError
 from .train import Recipe, RecipeError, TrainingDivergedError
 
@@ -184,6 +185,74 @@ def generate(
     stream(checkpoint, text, loops, max_new_tokens, temperature, top_p, seed, device, dtype)
 
 
+@app.command
+def diagnose(
+    *checkpoints: str,
+    data: str | None = None,
+    extensions: Annotated[list[str] | None, Many] = None,
+    samples: int = 64,
+    length: int | None = None,
+    loops: int | None = None,
+    batch_size: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    center_rank: bool = False,
+    output: Path | None = None,
+) -> None:
+    """What each loop of a checkpoint adds and costs, and whether one more or one fewer would pay.
+
+    Prints a table and writes a report. Several checkpoints, say R = 2, 3 and 4 of a study, are put side by side.
+
+    Example: parloop diagnose runs/study-quick/r2-seed0 runs/study-quick/r3-seed0
+
+    Parameters
+    ----------
+    checkpoints
+        Folders or Hub names of PLT checkpoints.
+    data
+        Text to look at it with: stdlib, installed, a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME. Default: the held-out
+        part of what the model's recipe trained on, or stdlib.
+    extensions
+        Which files of a folder are read. Default: .py
+    samples
+        Rows of text, each from another document as far as there are enough.
+    length
+        Tokens per sample. Default: as in training, or 1024.
+    loops
+        How often to run the stack. Default: as trained.
+    batch_size
+        Samples at once: 1 needs the least memory.
+    device
+        auto, cpu or cuda.
+    dtype
+        auto: as saved; or float32, bfloat16, float16.
+    center_rank
+        Take the effective rank of states minus their mean.
+    output
+        Folder of the report. Default: runs/diagnose-NAMES.
+    """
+    from .diagnosis.checkpoint import diagnose_checkpoint, save_results
+    from .report.page import write_diagnosis_report
+    from .report.terminal import diagnosis_table
+
+    if not checkpoints:
+        raise CheckpointError("name at least one checkpoint: parloop diagnose runs/study-quick/r2-seed0")
+    console = Console()
+    options: dict[str, Any] = {
+        "data": data, "extensions": extensions, "samples": samples, "length": length, "loops": loops, "batch_size": batch_size,
+        "device": device, "dtype": dtype, "center_rank": center_rank,
+    }  # fmt: skip
+    records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
+    folder = output or Path("runs", "diagnose-" + "-".join(Path(checkpoint).name for checkpoint in checkpoints)[:80])
+    command = " ".join(["parloop", *sys.argv[1:]])
+    save_results(records, folder, command)
+    page = write_diagnosis_report(records, folder, command)
+    for record in records:
+        console.print(diagnosis_table(record))
+        console.print(f"[bold]{record['verdict']['headline']}[/] {record['verdict']['sureness']}\n", highlight=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
 @app.command(help_flags=[])
 def run(
     module: Annotated[str, Parameter(name=["-m", "--module"])],
@@ -211,7 +280,7 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         app()
-    except (SourceError, RecipeError, CheckpointError, TrainingDivergedError) as error:
+    except (SourceError, RecipeError, CheckpointError, DiagnosisError, TrainingDivergedError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -120,8 +120,10 @@ def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Co
     )
 
 
-def _is_validation(digest: bytes, share: float) -> bool:
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+def is_validation(digest: bytes, share: float) -> bool:
+    """Whether the document with this hash is kept for validation. (The hash's first bytes order the documents; these are others,
+    so that a limit on the bytes read takes the same share of both splits.)"""
+    return int.from_bytes(digest[8:16], "big") < share * 2**64
 
 
 def _make(settings: CorpusSettings, folder: Path, console: Console) -> None:
@@ -173,7 +175,7 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
             left_out["beyond max_bytes"] += 1
             continue
         kept_bytes += size
-        split = "validation" if _is_validation(digest[8:], settings.validation_share) else "train"
+        split = "validation" if is_validation(digest, settings.validation_share) else "train"
         documents[split].append({"name": name, "text": text, "bytes": size})
     progress.remove_task(task)
     summary = {

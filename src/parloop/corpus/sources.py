@@ -48,6 +48,14 @@ def files_of(source: str) -> list[Path]:
     return matches
 
 
+def short_name(name: str) -> str:
+    """A document's name without where the interpreter is installed."""
+    for folder in dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib")):
+        if name.startswith(folder + os.sep):
+            return name.removeprefix(folder + os.sep)
+    return name
+
+
 def _walk(top: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(top):

@@ -183,11 +183,7 @@ class PLTAttention(nn.Module):
             output [B, N, D]; attention weights or None; k1, v1.
         """
         B, N, _ = x_BND.shape
-        q = self.q_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, H, N, K]
-        k = self.k_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, G, N, K]
-        v = self.v_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, G, N, K]
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-
+        q, k, v = self.project(normed_BND, position_embeddings)
         weights = None
         if loop is None:  # one token, its loops as rows
             k1, v1 = self._remember(past_key_values, k[:, :, :1], v[:, :, :1], full_index(self.config, self.layer_idx))
@@ -198,12 +194,20 @@ class PLTAttention(nn.Module):
         else:
             global_BNHK, global_weights = self._attend(self, q, k1, v1, masks["full"], **kwargs)
             local_BNHK, local_weights = self._window(q, k, v, loop, masks, past_key_values, **kwargs)
-            g = self._gate(x_BND, q).to(global_BNHK.dtype)  # [B, N, H, 1]
+            g = self.gate(x_BND, q).to(global_BNHK.dtype)  # [B, N, H, 1]
             out_BNHK = torch.lerp(local_BNHK, global_BNHK, g)  # g * global + (1 - g) * local
             if kwargs.get("output_attentions") and global_weights is not None:
                 local_weights = self._dense(local_weights, global_weights)
                 weights = torch.lerp(local_weights, global_weights, g.transpose(1, 2))  # one distribution over positions
         return self.o_proj(out_BNHK.reshape(B, N, -1)), weights, k1, v1
+
+    def project(self, normed_BND: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
+        """Rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed input."""
+        B, N, _ = normed_BND.shape
+        q = self.q_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
+        return *apply_rotary_pos_emb(q, k, *position_embeddings), v
 
     def _one_token(self, q, k, v, k1, v1, masks, cache, x_BRD, **kwargs) -> torch.Tensor:
         """All loops of one token, [B, R, H, K]. To the backend, loops are more query heads of a one-token call, so loop 1's
@@ -219,7 +223,7 @@ class PLTAttention(nn.Module):
         q_own = q[:, :, 1:].transpose(1, 2).reshape(B, (R - 1) * H, 1, K)
         local_BRHK = self._attend(self, q_own, keys, values, masks["window"], windowed=True, **kwargs)[0]
         local_BRHK = local_BRHK.reshape(B, R - 1, H, K)
-        g = self._gate(x_BRD[:, 1:], q[:, :, 1:]).to(local_BRHK.dtype)  # [B, R-1, H, 1]
+        g = self.gate(x_BRD[:, 1:], q[:, :, 1:]).to(local_BRHK.dtype)  # [B, R-1, H, 1]
         return torch.cat((global_BRHK[:, :1], torch.lerp(local_BRHK, global_BRHK[:, 1:], g)), dim=1)
 
     def _window(self, q, k, v, loop, masks, cache, **kwargs):
@@ -246,7 +250,8 @@ class PLTAttention(nn.Module):
             return F.pad(local_weights, (S - local_weights.shape[-1], 0))
         return unfold_bands(local_weights, B, T, S, self.config.window_tokens)
 
-    def _gate(self, x_BND, q_BHNK) -> torch.Tensor:
+    def gate(self, x_BND, q_BHNK) -> torch.Tensor:
+        """g [B, N, H, 1], see PLTGate."""
         if self.plt_gate is None:  # trained with one loop: the even blend that gates have at birth
             return q_BHNK.new_full((), 0.5).expand(*x_BND.shape[:2], self.num_heads, 1)
         return self.plt_gate(x_BND, q_BHNK)

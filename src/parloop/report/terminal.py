@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..diagnosis.lenses import LENSES
+
 
 def training_progress(console: Console) -> Progress:
     """Bars with the loss and the time left; tasks have a field `loss`."""
@@ -75,3 +77,24 @@ def study_tables(results: dict[str, Any]) -> list[Table]:
             style=style,
         )
     return [gives, costs]
+
+
+def diagnosis_table(record: dict[str, Any]) -> Table:
+    """One checkpoint's lenses, a column per loop, with 95% intervals."""
+    loops = record["diagnosis"]["loops"]
+    table = Table(title=f"{record['checkpoint']}: what each loop adds and costs", title_justify="left")
+    table.add_column("lens (unit)")
+    for loop in range(1, loops + 1):
+        table.add_column(f"loop {loop}", justify="right", no_wrap=True)
+    for name, lens in LENSES.items():
+        values = record["diagnosis"]["summary"][name]
+        if any(value is not None for value in values):
+            table.add_row(f"{lens.title} ({lens.unit})", *[_short(value) for value in values])
+    return table
+
+
+def _short(value: list[float] | None) -> str:
+    if value is None:
+        return ""
+    mean, low, high = value
+    return f"{mean:.3g}" if low is None else f"{mean:.3g} ±{max(high - mean, mean - low):.1g}"

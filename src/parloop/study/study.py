@@ -1,6 +1,7 @@
 """The study: one model per loop count under a matched protocol, what each loop gives and costs, and which count to take.
 
-    corpus -> for every seed and loop count: train, evaluate -> time the models side by side -> statistics -> report
+    corpus -> for every seed and loop count: train, evaluate -> time the models side by side, look at them through the lenses
+           -> statistics -> report
 
 Matched are the initial draws, the data order, the optimiser, and the number of training tokens, or with `match="compute"`
 the training FLOPs (each loop count then gets the mean of what the counts would cost at equal tokens). A study's folder can be
@@ -22,14 +23,16 @@ from rich.console import Console
 
 from .. import __version__
 from ..corpus import Corpus, load_corpus
+from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..report.terminal import study_progress
+from ..statistics import RULE, Interval, bits_per_byte, choose, paired_difference, resample_weights
 from ..train import Evaluation, Recipe, RecipeError, evaluate_documents, train
 from .measure import cache_bytes_of, inference_times, peak_training_bytes
-from .statistics import RULE, Interval, bits_per_byte, choose, paired_difference, resample_weights
 
 MATCHES = ("tokens", "compute")
+LENS_SAMPLES = 32  # for the report's chapter on what each loop adds; parloop diagnose takes more
 
 
 def run_study(
@@ -91,7 +94,9 @@ def run_study(
             run["evaluation"] = evaluation_of(folder, run["recipe"], corpus, document_chars)
     with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
         costs = measure(output, runs, recipe, loops)
+    diagnoses = [diagnosis_of(output / run["name"], recipe, console) for run in runs if run["seed"] == recipe.seed]
     results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or " ".join(["parloop", *sys.argv[1:]]))
+    results["diagnoses"] = diagnoses
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     return results
@@ -124,6 +129,17 @@ def evaluation_of(folder: Path, recipe: Recipe, corpus: Corpus, document_chars: 
     np.savez_compressed(scratch, **vars(evaluation))
     os.replace(scratch, path)
     return evaluation
+
+
+def diagnosis_of(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """The run's diagnosis on held-out text, kept in the run's folder."""
+    path = folder / "diagnosis.json"
+    if not path.exists():
+        record = diagnose_checkpoint(folder, samples=LENS_SAMPLES, batch_size=8, device=recipe.device, console=console)
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(json.dumps(record, allow_nan=False))
+        os.replace(scratch, path)
+    return json.loads(path.read_text())
 
 
 def measure(output: Path, runs: list[dict[str, Any]], recipe: Recipe, loops: list[int]) -> dict[int, dict[str, Any]]:

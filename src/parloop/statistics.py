@@ -1,7 +1,8 @@
-"""Intervals over documents and seeds, and the rule that turns them into a loop count."""
+"""Intervals over documents, samples and seeds, and the rule that turns them into a loop count."""
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,6 +30,20 @@ def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> np
     by_document = rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
     return by_seed[:, :, None] * by_document[:, None, :]
+
+
+def bootstrap_mean(values: np.ndarray) -> Interval:
+    """Mean of values [n] and its interval over draws of n with replacement. One value has no interval: NaN."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    return Interval(mean, *_limits(_resamples_of(len(values)) @ values))
+
+
+@lru_cache(maxsize=4)
+def _resamples_of(n: int) -> np.ndarray:
+    """Weights [RESAMPLES, n] of a bootstrapped mean, the same ones for every mean of n values."""
+    return resample_weights(n, 1, np.random.default_rng(0))[:, 0] / n
 
 
 def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: np.ndarray) -> Interval:

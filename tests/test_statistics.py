@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from parloop.study.statistics import Interval, bits_per_byte, choose, paired_difference, resample_weights
+from parloop.statistics import Interval, bits_per_byte, choose, paired_difference, resample_weights
 
 
 def rng():

@@ -1,0 +1,3 @@
+from .diagnosis import Diagnosis, DiagnosisError, diagnose
+
+__all__ = ["Diagnosis", "DiagnosisError", "diagnose"]

@@ -1,0 +1,143 @@
+"""Diagnose a checkpoint on real text: load it, draw samples, look, and keep everything a report needs."""
+
+import csv
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from .. import __version__
+from ..corpus.corpus import CorpusSettings
+from ..corpus.samples import draw_samples, padded_batches
+from ..generate import CheckpointError, load_model
+from ..train.recipe import Recipe
+from .diagnosis import DiagnosisError, diagnose
+from .lenses import LENSES
+from .tokens import token_view
+from .verdict import give_verdict
+
+DEFAULT_LENGTH = 1024
+VIEWED_TOKENS = 160
+
+
+def diagnose_checkpoint(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    extensions: list[str] | None = None,
+    samples: int = 64,
+    length: int | None = None,
+    loops: int | None = None,
+    batch_size: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    center_rank: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Diagnose one checkpoint.
+
+    Args:
+        data: a source of text, as for training. Default: what the model's recipe.yaml trained on, or the standard library.
+            Of the text that a model was trained on, only its held-out documents are used.
+        samples: rows, each from one document as far as there are enough.
+        length: tokens per sample. Default: the recipe's, else 1024, at most the model's.
+        loops: loop count; default: as trained.
+
+    Returns:
+        what results.json holds for a checkpoint: diagnosis (`Diagnosis.to_dict`), verdict, tokens (the token view), settings.
+
+    Raises:
+        CheckpointError, SourceError, DiagnosisError: with what to do.
+    """
+    console = console or Console(stderr=True)
+    if samples < 1 or batch_size < 1 or (length is not None and length < 2):
+        raise DiagnosisError(
+            f"samples={samples} and batch_size={batch_size} must be at least 1, length={length} at least 2."
+        )
+    model = load_model(checkpoint, device, dtype)
+    longest = model.config.max_position_embeddings
+    if length is not None and length > longest:
+        raise DiagnosisError(
+            f"--length {length} is more than the {longest} tokens that {str(checkpoint)!r} was made for: use at most {longest}."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
+    recipe_file = Path(checkpoint, "recipe.yaml")
+    recipe = Recipe.load(recipe_file) if recipe_file.is_file() else None
+    own = recipe is not None and data in (None, recipe.source)
+    if recipe is not None and own:
+        settings = recipe.corpus_settings()
+    else:
+        kinds = {"extensions": tuple(extensions)} if extensions else {}
+        settings = CorpusSettings(source=data or "stdlib", **kinds)  # type: ignore[arg-type]
+    length = length or min(recipe.length if recipe else DEFAULT_LENGTH, longest)
+    rows = draw_samples(settings, tokenizer, length, samples, held_out=own)
+    if len(rows) < samples:
+        console.print(
+            f"source {settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", highlight=False
+        )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(f"diagnosing {Path(checkpoint).name}", total=len(rows))
+        diagnosis = diagnose(
+            model,
+            padded_batches(rows, batch_size),
+            num_loops=loops,
+            center_rank=center_rank,
+            on_batch=lambda n: progress.advance(task, n),
+        )
+    shown = max(rows[: min(8, len(rows))], key=lambda row: len(row.ids))
+    return {
+        "checkpoint": str(checkpoint),
+        "diagnosis": diagnosis.to_dict(),
+        "sample_hash": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:16],
+        "verdict": give_verdict(diagnosis).to_dict(),
+        "tokens": {
+            "document": shown.name,
+            "first": tokenizer.decode(shown.ids[:1], skip_special_tokens=True),
+            "view": token_view(model, tokenizer, shown.ids[:VIEWED_TOKENS], diagnosis.loops),
+        },
+        "settings": {
+            "loops": diagnosis.loops,
+            "trained_loops": diagnosis.trained_loops,
+            "layers": model.config.num_hidden_layers,
+            "heads": model.config.num_attention_heads,
+            "window_tokens": model.config.window_tokens,
+            "data": settings.source,
+            "held_out_only": own,
+            "samples": diagnosis.samples,
+            "length": length,
+            "tokens": int(diagnosis.tokens.sum()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "center_rank": center_rank,
+            "parloop": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def save_results(records: list[dict[str, Any]], folder: Path, command: str) -> None:
+    """results.json: every value of every sample, and lenses.csv: the means with their intervals."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"command": command, "checkpoints": records}, allow_nan=False))
+    with open(folder / "lenses.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["checkpoint", "lens", "unit", "loop", "mean", "low", "high"])
+        for record in records:
+            for lens, loops in record["diagnosis"]["summary"].items():
+                for loop, interval in enumerate(loops, 1):
+                    if interval is not None:
+                        table.writerow([record["checkpoint"], lens, LENSES[lens].unit, loop, *interval])

@@ -1,0 +1,327 @@
+"""Run a model over samples and look through every lens: `diagnose(model, batches) -> Diagnosis`.
+
+    batch -> loops 1 .. R+1 of the model (attention lenses look in while it runs) -> states -> hidden-state lenses
+          -> predictions, a few tokens at a time -> output lenses -> one value per sample, loop and lens
+
+Loop R+1, which the model was not trained for, gives the fixed-point gap of loop R and the loss of one loop more. Only real
+tokens count: padding is left out, and neither a shift, nor a neighbour, nor a next token crosses into another document.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.configuration import PLTConfig
+from ..statistics import Interval, bootstrap_mean
+from .attention import AttentionLenses
+from .lenses import (
+    LENSES,
+    angular_change,
+    effective_rank,
+    entropy,
+    kl,
+    offset_cost,
+    shares,
+    step_size,
+    token_rank,
+)
+
+LOGIT_BYTES = 128 * 2**20  # of the logits of one loop that are looked at at once
+
+
+class DiagnosisError(ValueError):
+    """Something that cannot be diagnosed, with what to do."""
+
+
+@dataclass
+class Diagnosis:
+    """What every lens saw.
+
+    Attributes:
+        loops: R, the number of loops looked at.
+        trained_loops: the configuration's loop count.
+        values: lens -> [samples, R], one value per sample and loop; NaN where a lens does not exist for a loop. The lenses and
+            their units are in `lenses.LENSES`.
+        one_more_loss: [samples], loss after loop R + 1, in nats per token.
+        tokens: [samples], real tokens.
+        by_layer: attention_entropy, attention_kl, head_diversity, head_similarity, gate -> [R, L], means over all samples.
+        gate_by_head: [R, L, H]; NaN for loop 1.
+        head_cosines: [R, H, H], cosines between heads, means over layers, queries and samples.
+    """
+
+    loops: int
+    trained_loops: int
+    values: dict[str, np.ndarray]
+    one_more_loss: np.ndarray
+    tokens: np.ndarray
+    by_layer: dict[str, np.ndarray]
+    gate_by_head: np.ndarray
+    head_cosines: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return len(self.tokens)
+
+    def mean(self, lens: str, loop: int) -> Interval:
+        """Mean over samples with its 95% bootstrap interval; loops count from 1. NaN where the lens does not exist."""
+        values = self.values[lens][:, loop - 1]
+        values = values[~np.isnan(values)]
+        return bootstrap_mean(values) if len(values) else Interval(np.nan, np.nan, np.nan)
+
+    def change(self, lens: str, loop: int, since: int | None = None) -> Interval:
+        """Mean of the lens at `loop` minus at `since` (default: the loop before) on the same samples, with its interval."""
+        values = self.values[lens]
+        difference = values[:, loop - 1] - values[:, (since or loop - 1) - 1]
+        return bootstrap_mean(difference[~np.isnan(difference)])
+
+    def one_more(self) -> Interval:
+        """Change of the loss by loop R + 1, in nats per token, on the same samples."""
+        return bootstrap_mean(_known(self.one_more_loss - self.values["loss"][:, -1]))
+
+    def summary(self) -> dict[str, list[Any]]:
+        """lens -> for every loop [mean, low, high], or None."""
+        result: dict[str, list[Any]] = {}
+        for lens in self.values:
+            intervals = [self.mean(lens, loop).as_list() for loop in range(1, self.loops + 1)]
+            result[lens] = [None if np.isnan(i[0]) else [None if np.isnan(x) else x for x in i] for i in intervals]
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain lists; what is not a number becomes None, since JSON has no NaN."""
+        return {name: _plain(value) for name, value in asdict(self).items()} | {"summary": self.summary()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
+        def array(value):
+            return np.array(value, dtype=float)
+
+        return cls(
+            loops=content["loops"],
+            trained_loops=content["trained_loops"],
+            values={name: array(value) for name, value in content["values"].items()},
+            one_more_loss=array(content["one_more_loss"]),
+            tokens=np.array(content["tokens"]),
+            by_layer={name: array(value) for name, value in content["by_layer"].items()},
+            gate_by_head=array(content["gate_by_head"]),
+            head_cosines=array(content["head_cosines"]),
+        )
+
+
+@torch.no_grad()
+def diagnose(
+    model: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    *,
+    num_loops: int | None = None,
+    center_rank: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Diagnosis:
+    """Look at a PLTForCausalLM through every lens.
+
+    Args:
+        batches: dictionaries with input_ids [B, T], and for padded rows attention_mask [B, T], for packed rows position_ids
+            [B, T] that restart with every document. A row is a sample. Memory does not grow with the number of batches.
+        num_loops: R; default: the configuration's.
+        center_rank: take the effective rank of centred states.
+        on_batch: called after each batch with its number of samples.
+
+    Raises:
+        DiagnosisError: another architecture, no samples, rows without two neighbouring tokens or longer than the model allows.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PLTConfig) or not hasattr(model, "lm_head"):
+        raise DiagnosisError(
+            f"{type(model).__name__} is not a PLTForCausalLM: load a PLT checkpoint, see parloop.load_model."
+        )
+    R = config.plt_num_loops if num_loops is None else num_loops
+    if not isinstance(R, int) or R < 1:
+        raise DiagnosisError(f"num_loops={R!r} must be an integer of at least 1.")
+    parts: list[_Part] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            parts.append(_look_at(model, batch, R, center_rank))
+            if on_batch:
+                on_batch(len(batch["input_ids"]))
+    finally:
+        model.train(was_training)
+    if not parts:
+        raise DiagnosisError("there are no samples to look at: batches is empty.")
+
+    tokens = np.concatenate([part.tokens for part in parts])
+    seen = tokens.sum()
+    L = config.num_hidden_layers
+    by_layer = {name: sum(part.by_layer[name] for part in parts) / seen for name in parts[0].by_layer}
+    for name in ("gate", "attention_kl"):
+        by_layer[name][0] = np.nan
+    gates = sum(part.gate_by_head for part in parts) / seen
+    gates[0] = np.nan
+    return Diagnosis(
+        loops=R,
+        trained_loops=config.plt_num_loops,
+        values={name: np.concatenate([part.values[name] for part in parts]) for name in LENSES},
+        one_more_loss=np.concatenate([part.one_more_loss for part in parts]),
+        tokens=tokens,
+        by_layer=by_layer,
+        gate_by_head=gates,
+        head_cosines=sum(part.cosines for part in parts) / (seen * L),
+    )
+
+
+@dataclass
+class _Part:
+    """One batch: values per sample as in Diagnosis, and sums over its tokens of what is not kept per sample."""
+
+    values: dict[str, np.ndarray]
+    one_more_loss: np.ndarray
+    tokens: np.ndarray
+    by_layer: dict[str, np.ndarray]
+    gate_by_head: np.ndarray
+    cosines: np.ndarray
+
+
+def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -> _Part:
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    ids_BT = inputs["input_ids"]
+    real, document = _tokens_and_documents(model.config, inputs)
+    follows = (real[:, 1:] & real[:, :-1]) & (document[:, 1:] == document[:, :-1])  # [B, T-1]: is t + 1 the successor of t?
+    if not bool(follows.any(-1).all()):
+        raise DiagnosisError("a sample has no two neighbouring tokens of one text: use longer texts, or leave it out.")
+
+    with AttentionLenses(model.model, R, real, document) as attention, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="num_loops=")  # loop R + 1 is looked at because it is untrained
+        later = model.model(**inputs, use_cache=False, num_loops=R + 1).loop_states
+    dtype = torch.promote_types(later[0].dtype, torch.float32)
+    states = [model.model.embed_tokens(ids_BT), *later]  # h_0 .. h_{R+1}, each [B, T, D]
+
+    values = {name: np.full((len(ids_BT), R), np.nan) for name in LENSES}
+
+    def keep(name: str, loop: int, value_B: torch.Tensor) -> None:
+        values[name][:, loop - 1] = value_B.double().cpu().numpy()
+
+    for r in range(1, R + 1):
+        before, h, after = (state.to(dtype) for state in states[r - 1 : r + 2])
+        keep("step_size", r, _mean(step_size(h, before), real))
+        keep("fixed_point_gap", r, _mean(step_size(after, h), real))
+        keep("effective_rank", r, torch.stack([effective_rank(h[b][real[b]], center_rank) for b in range(len(h))]))
+        if r >= 2:
+            keep("angular_change", r, _mean(angular_change(h, before, states[r - 2].to(dtype)), real))
+            keep("offset_cost", r, _mean(offset_cost(before), follows))
+
+    tokens = real.sum(-1)
+    L = model.config.num_hidden_layers
+    for name, sums in attention.sums.items():  # [R, L, B]
+        for r in range(LENSES[name].first_loop, R + 1):
+            keep(name, r, sums[r - 1].sum(0) / (tokens * L))
+
+    outputs = _output_lenses(model.lm_head, states[1:], ids_BT, real, follows, dtype)
+    for name in ("output_entropy", "output_shift", "token_rank", "loss"):
+        for r in range(LENSES[name].first_loop, R + 1):
+            keep(name, r, outputs[name][r - 1])
+    if R >= 2:
+        kl_BR = torch.stack([attention.sums["attention_kl"][r].sum(0) for r in range(1, R)], dim=-1)
+        by_share = {
+            "share_output_shift": shares(torch.stack(outputs["output_shift"][1:R], dim=-1)),
+            "share_attention_kl": shares(kl_BR),
+            "share_tokens": outputs["share_tokens"],
+        }
+        for name, share_BR in by_share.items():
+            for r in range(2, R + 1):
+                keep(name, r, share_BR[:, r - 2])
+    return _Part(
+        values=values,
+        one_more_loss=outputs["loss"][R].cpu().numpy(),
+        tokens=tokens.cpu().numpy(),
+        by_layer={name: sums.sum(-1).cpu().numpy() for name, sums in attention.sums.items()},
+        gate_by_head=attention.gate_by_head.sum(2).cpu().numpy(),
+        cosines=attention.cosines.cpu().numpy(),
+    )
+
+
+def _tokens_and_documents(config: PLTConfig, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are real, bool [B, T], and which document each belongs to, int [B, T]."""
+    ids_BT = inputs["input_ids"]
+    if ids_BT.ndim != 2 or ids_BT.shape[1] < 2:
+        raise DiagnosisError(f"input_ids has shape {tuple(ids_BT.shape)}: samples are rows of at least two tokens, [B, T].")
+    if ids_BT.shape[1] > config.max_position_embeddings:
+        raise DiagnosisError(
+            f"samples of {ids_BT.shape[1]} tokens are longer than the model's {config.max_position_embeddings}: use --length "
+            f"{config.max_position_embeddings} or less."
+        )
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    real = torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else mask.bool()
+    if positions is None or mask is not None:
+        return real, torch.zeros_like(ids_BT)
+    return real, (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+
+
+def _output_lenses(head, states, ids_BT, real, follows, dtype) -> dict[str, Any]:
+    """Lenses of p_1 .. p_{R+1}: name -> for every loop a value per sample [B] (shares of tokens: [B, R-1])."""
+    R, (B, T) = len(states) - 1, ids_BT.shape
+    names = ("output_entropy", "output_shift", "loss")
+    sums = {name: ids_BT.new_zeros(R + 1, B, dtype=torch.float64) for name in names}
+    decides = ids_BT.new_zeros(B, max(R - 1, 1), dtype=torch.float64)
+    ranks = ids_BT.new_zeros(R, B, T - 1)
+    block = max(1, LOGIT_BYTES // (B * head.out_features * 4))
+    for start in range(0, T, block):
+        rows = slice(start, min(start + block, T))
+        targets = slice(start, min(start + block, T - 1))  # the last token's successor is not known
+        n = targets.stop - targets.start
+        shift_RBt, log_before = [], None
+        for r, state in enumerate(states):
+            log_p = head(state[:, rows]).to(dtype).log_softmax(-1)  # [B, block, V]
+            if n > 0:
+                token = ids_BT[:, targets.start + 1 : targets.stop + 1]
+                nll_Bt = -log_p[:, :n].gather(-1, token[..., None])[..., 0]
+                sums["loss"][r] += (nll_Bt * follows[:, targets]).sum(-1)
+                if r < R:
+                    ranks[r, :, targets] = token_rank(log_p[:, :n], token)
+            if r < R:
+                sums["output_entropy"][r] += (entropy(log_p) * real[:, rows]).sum(-1)
+                if log_before is not None:
+                    shift_RBt.append(kl(log_p, log_before))
+                    sums["output_shift"][r] += (shift_RBt[-1] * real[:, rows]).sum(-1)
+                log_before = log_p
+        if shift_RBt:
+            largest_Bt = torch.stack(shift_RBt).argmax(0)
+            for i in range(R - 1):
+                decides[:, i] += ((largest_Bt == i) & real[:, rows]).sum(-1)
+    tokens, predicted = real.sum(-1), follows.sum(-1)
+    medians = [[_median(ranks[r, b][follows[b]]) for b in range(B)] for r in range(R)]
+    return {
+        "output_entropy": list(sums["output_entropy"] / tokens),
+        "output_shift": list(sums["output_shift"] / tokens),
+        "loss": list(sums["loss"] / predicted),
+        "token_rank": [torch.tensor(row) for row in medians],
+        "share_tokens": decides / tokens[:, None],
+    }
+
+
+def _mean(value_BT: torch.Tensor, counted_BT: torch.Tensor) -> torch.Tensor:
+    """Mean over the counted tokens of each sample, [B]."""
+    return (value_BT * counted_BT).sum(-1, dtype=torch.float64) / counted_BT.sum(-1)
+
+
+def _median(values: torch.Tensor) -> float:
+    return float(values.double().quantile(0.5))  # of an even number, the mean of the middle two
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and np.isnan(value):
+        return None
+    return value

@@ -1,0 +1,47 @@
+"""The token view: what every loop would say next, token by token, on a piece of real text."""
+
+from typing import Any
+
+import torch
+
+TOP = 3
+
+
+@torch.no_grad()
+def token_view(model: Any, tokenizer: Any, ids: list[int], num_loops: int) -> list[dict[str, Any]]:
+    """For every token but the first:
+
+        text: the token; settled: the first loop from which on the likeliest token stays the last loop's (1..R);
+        right: whether the last loop's likeliest token is this one; loops: for every loop the rank of this token, its
+        probability, and the likeliest tokens with theirs.
+
+    Args:
+        ids: tokens of one text.
+        num_loops: R.
+    """
+    ids_1T = torch.tensor([ids], device=model.device)
+    states = model.model(ids_1T, use_cache=False, num_loops=num_loops).loop_states
+    target = ids_1T[0, 1:]
+    by_loop, best = [], []
+    for state in states:
+        p = model.lm_head(state[0, :-1]).float().softmax(-1)  # [T-1, V]
+        own = p.gather(-1, target[:, None])
+        top = p.topk(min(TOP, p.shape[-1]), dim=-1)
+        best.append(top.indices[:, 0])
+        rank = 1 + (p > own).sum(-1)
+        by_loop.append((rank.tolist(), own[:, 0].tolist(), top.indices.tolist(), top.values.tolist()))
+    final = torch.stack(best)  # [R, T-1]
+    stays = (final == final[-1]).flip(0).cumprod(0).sum(0)  # how many loops at the end agree with the last
+    tokens = []
+    for t, id_ in enumerate(ids[1:]):
+        loops = [
+            {
+                "rank": ranks[t],
+                "p": round(own[t], 4),
+                "top": [[tokenizer.decode([i]), round(q, 4)] for i, q in zip(top[t], values[t])],
+            }
+            for ranks, own, top, values in by_loop
+        ]
+        settled = num_loops - int(stays[t]) + 1
+        tokens.append({"text": tokenizer.decode([id_]), "settled": settled, "right": loops[-1]["rank"] == 1, "loops": loops})
+    return tokens

@@ -1,0 +1,121 @@
+"""Every lens against values computed by hand, on states made for it, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from parloop.diagnosis.lenses import (
+    LENSES,
+    angular_change,
+    effective_rank,
+    entropy,
+    gated_mixture,
+    head_relations,
+    kl,
+    mean_off_diagonal,
+    offset_cost,
+    shares,
+    step_size,
+    token_rank,
+)
+
+
+def t(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_step_size_is_a_length():
+    assert step_size(t([3.0, 4.0], [1.0, 1.0]), t([0.0, 0.0], [1.0, 0.0])).tolist() == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("third", "expected"), [((5.0, 5.0), 1.0), ((0.0, 0.0), -1.0), ((3.0, 0.0), 0.0), ((1.0, 1.0), 0.0)]
+)
+def test_angular_change_of_collinear_reversed_orthogonal_and_missing_steps(third, expected):
+    first, second = t(0.0, 0.0), t(1.0, 1.0)
+    if third == (3.0, 0.0):  # the step (2, -1) is not orthogonal to (1, 1): its cosine is 1 / sqrt(10)
+        expected = 1 / math.sqrt(10)
+    assert angular_change(t(*third), second, first).item() == pytest.approx(expected)
+    assert angular_change(t(2.0, 0.0), second, first).item() == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_effective_rank_of_k_equal_orthogonal_directions_is_k(k):
+    rows = torch.eye(8, dtype=torch.float64)[:k].repeat(4, 1) * torch.linspace(0.5, 3, 4 * k, dtype=torch.float64)[:, None]
+    assert effective_rank(rows).item() == pytest.approx(k)  # lengths of rows do not count: they are RMS-normalized
+
+
+def test_effective_rank_weighs_singular_values():
+    """Three rows along x and one along y: singular values sqrt(3) and 1."""
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    expected = math.exp(-p * math.log(p) - (1 - p) * math.log(1 - p))
+    rows = t([1.0, 0], [2.0, 0], [5.0, 0], [0, 7.0])
+    assert effective_rank(rows).item() == pytest.approx(expected)
+
+
+def test_effective_rank_centred_forgets_the_mean():
+    rows = t([1.0, 0.1], [1.0, -0.1])
+    assert effective_rank(rows).item() > 1.2
+    assert effective_rank(rows, center=True).item() == pytest.approx(1.0)
+
+
+def test_offset_cost_of_identical_and_of_known_neighbours():
+    assert offset_cost(t([1.0, 2.0], [1.0, 2.0], [1.0, 2.0])).tolist() == [0, 0]
+    assert offset_cost(t([0.0, 0.0], [3.0, 4.0], [3.0, 0.0])).tolist() == [5, 4]
+
+
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_entropy_of_uniform_attention_over_n_keys_is_log_n(n):
+    log_p = torch.full((2, 100), -torch.inf, dtype=torch.float64)
+    log_p[:, :n] = -math.log(n)
+    assert entropy(log_p).tolist() == pytest.approx([math.log(n)] * 2)
+
+
+def test_kl_by_hand():
+    p, q = t(0.5, 0.5, 0.0), t(0.25, 0.5, 0.25)
+    assert kl(p.log(), p.log()).item() == 0
+    assert kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(2))
+    assert kl(q.log(), p.log()).item() == math.inf
+
+
+def test_gated_mixture_by_hand_and_at_the_ends():
+    a, b = t(0.5, 0.5, 0.0).log(), t(0.0, 0.2, 0.8).log()
+    assert gated_mixture(a, b, t(0.25)).exp().tolist() == pytest.approx([0.125, 0.275, 0.6])
+    assert gated_mixture(a, b, t(1.0)).exp().tolist() == pytest.approx([0.5, 0.5, 0.0])
+    assert gated_mixture(a, b, t(0.0)).exp().tolist() == pytest.approx([0.0, 0.2, 0.8])
+
+
+def test_head_relations_of_equal_disjoint_and_mixed_heads():
+    same, apart = t([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]), t([1.0, 0, 0, 0], [0, 0, 1.0, 0])
+    diversity, cosine = head_relations(torch.stack([same, apart]))
+    assert diversity.tolist() == pytest.approx([1, 2], abs=1e-6)
+    assert mean_off_diagonal(cosine).tolist() == pytest.approx([1, 0])
+    _, cosine = head_relations(t([1.0, 0], [0.5, 0.5]))
+    assert cosine[0, 1].item() == pytest.approx(math.sqrt(0.5))
+    assert mean_off_diagonal(torch.ones(3, 1, 1)).tolist() == [1, 1, 1]
+
+
+def test_head_diversity_agrees_with_singular_values():
+    a = torch.rand(5, 7, 30, dtype=torch.float64).softmax(-1)
+    sigma = torch.linalg.svdvals(a)
+    p = sigma / sigma.sum(-1, keepdim=True)
+    torch.testing.assert_close(head_relations(a)[0], (-(p * p.log()).sum(-1)).exp(), rtol=1e-6, atol=0)
+
+
+def test_token_rank_counts_what_scores_higher():
+    logits = t(0.1, 3.0, 2.0, 2.0)
+    ranks = [token_rank(logits, torch.tensor(i)).item() for i in range(4)]
+    assert ranks == [4, 1, 2, 2]
+
+
+def test_shares_add_up_and_nothing_is_shared_evenly():
+    assert shares(t([3.0, 1.0], [0.0, 0.0])).tolist() == [[0.75, 0.25], [0.5, 0.5]]
+
+
+def test_every_lens_says_what_it_is():
+    for lens in LENSES.values():
+        assert lens.title
+        assert lens.unit
+        assert lens.definition
+        assert lens.reads_as

@@ -1,0 +1,263 @@
+"""From a checkpoint on disk to the report: samples, command line, page; and the page in a real browser."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from test_corpus import write_sources
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from parloop.corpus import CorpusSettings, SourceError
+from parloop.corpus.samples import draw_samples, padded_batches
+from parloop.diagnosis.checkpoint import diagnose_checkpoint, save_results
+from parloop.diagnosis.lenses import LENSES
+from parloop.diagnosis.tokens import token_view
+from parloop.report.page import labelled, write_diagnosis_report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters of bytes, no merges: small enough for tiny models (59 of the 256 bytes are known)."""
+    known = [c for c in map(chr, range(33, 127)) if c.islower() or c.isdigit() or c in "_().,:=[]"][:55]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "Ġ", "Ċ", *known])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoints with one, two and three loops, and a folder of text."""
+    folder = tmp_path_factory.mktemp("made")
+    for R in (1, 2, 3):
+        tiny_model(plt_num_loops=R, dtype=torch.float32).save_pretrained(folder / f"r{R}")
+        byte_tokenizer().save_pretrained(folder / f"r{R}")
+    write_sources(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    options = {"data": str(made / "text"), "samples": 6, "length": 48, "device": "cpu"}
+    records = [diagnose_checkpoint(made / f"r{R}", **options) for R in (2, 3)]
+    save_results(records, folder, "parloop diagnose")
+    return folder, records, write_diagnosis_report(records, folder, "parloop diagnose")
+
+
+def test_samples_are_the_same_every_time_and_of_different_documents(made):
+    settings = CorpusSettings(source=str(made / "text"))
+    rows = draw_samples(settings, byte_tokenizer(), 40, 10, held_out=False)
+    assert [row.ids for row in rows] == [row.ids for row in draw_samples(settings, byte_tokenizer(), 40, 10, held_out=False)]
+    assert len({row.name.split(" [")[0] for row in rows}) == 10
+    assert all(row.ids[0] == 1 and len(row.ids) <= 40 for row in rows)
+
+
+def test_more_samples_than_documents_take_further_windows(tmp_path):
+    (tmp_path / "a.py").write_text("abcdefghij" * 19 + "abcdefghi")  # with <bos>, four windows of 50
+    (tmp_path / "b.py").write_text("0123456789" * 7)
+    rows = draw_samples(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 50, 100, held_out=False)
+    text = {"a": "", "b": ""}
+    for row in rows:
+        text[Path(row.name.split(" [")[0]).stem] += byte_tokenizer().decode(row.ids, skip_special_tokens=True)
+    assert text["a"] == "abcdefghij" * 19 + "abcdefghi"
+    assert text["b"].startswith("0123456789" * 6)
+    assert len(rows) == 4 + 2  # the rest of b is long enough, 21 tokens
+
+
+def test_held_out_samples_are_those_that_training_leaves_out(made, tmp_path):
+    from parloop.corpus import load_corpus
+
+    settings = CorpusSettings(source=str(made / "text"), vocab_size=300, length=32, validation_share=0.3)
+    corpus = load_corpus(settings, cache=tmp_path)
+    rows = draw_samples(settings, corpus.tokenizer, 32, 1000, held_out=True)
+    assert {row.name.split(" [")[0] for row in rows} <= set(corpus.validation["name"])
+
+
+def test_a_source_without_text_is_refused(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\0")
+    with pytest.raises(SourceError, match=r"no document of at least 16 tokens.*--extensions"):
+        draw_samples(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 32, 4, held_out=False)
+
+
+def test_batches_are_padded_on_the_right(made):
+    rows = draw_samples(CorpusSettings(source=str(made / "text")), byte_tokenizer(), 64, 5, held_out=False)
+    batches = padded_batches(rows, 2)
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
+    ids = sorted(row.ids for row in rows)
+    assert ids == sorted(
+        row[mask.bool()].tolist() for batch in batches for row, mask in zip(batch["input_ids"], batch["attention_mask"])
+    )
+
+
+def test_token_view_says_when_predictions_settle():
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(1, 30)[0].tolist()
+    view = token_view(model, byte_tokenizer(), ids, 3)
+    with torch.no_grad():
+        best = torch.stack(
+            [logits[0].argmax(-1) for logits in model(torch.tensor([ids]), output_loop_logits=True).loop_logits]
+        )
+    assert len(view) == 29
+    assert {token["settled"] for token in view} > {1}
+    for t, token in enumerate(view):
+        first = next(r for r in range(3) if (best[r:, t] == best[2, t]).all())
+        assert token["settled"] == first + 1
+        assert token["right"] == (best[2, t].item() == ids[t + 1])
+        assert [loop["top"][0][1] for loop in token["loops"]] == sorted(
+            [loop["top"][0][1] for loop in token["loops"]], key=lambda p: -1
+        )
+
+
+def test_results_and_csv_hold_everything(report):
+    folder, records, _ = report
+    content = json.loads((folder / "results.json").read_text())
+    assert [len(c["diagnosis"]["values"]["loss"]) for c in content["checkpoints"]] == [6, 6]
+    assert set(content["checkpoints"][0]["diagnosis"]["values"]) == set(LENSES)
+    rows = list(csv.DictReader((folder / "lenses.csv").open()))
+    expected = sum(len([x for x in loops if x]) for r in records for loops in r["diagnosis"]["summary"].values())
+    assert len(rows) == expected
+    assert {row["lens"] for row in rows} == set(LENSES)
+
+
+def test_page_is_self_contained_and_complete(report):
+    folder, _, page = report
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
+    assert not re.findall(r"url\((?!#)", text)
+    names = ("scissors", "hidden", "attention", "output", "shares", "gates", "layers", "heads")
+    for name in names:
+        assert f'id="figure-{name}"' in text
+        assert (folder / f"lenses-{name}.png").stat().st_size > 5000
+    assert text.index('class="verdict"') < text.index('id="figure-scissors"')
+    assert "Side by side" in text
+    assert "nan" not in re.sub(r"<svg.*?</svg>|<script.*?</script>", "", text, flags=re.S).lower().split()
+
+
+def test_checkpoints_are_told_apart():
+    records = [{"checkpoint": f"runs/{name}", "diagnosis": {"loops": R}} for name, R in (("a", 2), ("b", 2), ("c", 3))]
+    assert [record["label"] for record in labelled(records)] == ["a (R = 2)", "b (R = 2)", "R = 3"]
+
+
+def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
+    record = diagnose_checkpoint(made / "r1", data=str(made / "text"), samples=3, length=32, device="cpu")
+    text = write_diagnosis_report([record], tmp_path, "parloop diagnose").read_text()
+    assert "One loop: there is nothing to compare yet." in text
+    assert "figure-scissors" not in text
+    assert "figure-hidden" in text
+
+
+def parloop(*arguments, cwd):
+    command = [sys.executable, "-m", "parloop", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "100"})
+
+
+def test_command_line(made, tmp_path):
+    options = ("--data", made / "text", "--samples", 3, "--length", 32, "--device", "cpu")
+    done = parloop("diagnose", made / "r2", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "offset cost" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert (tmp_path / "runs" / "diagnose-r2" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["r2", "--length", "9999"], "use at most 256"),
+        (["r2", "--samples", "0"], "samples=0"),
+        (["r2", "--data", "missing-folder"], "no such file or folder"),
+        (["r2", "--loops", "0"], "num_loops=0"),
+        (["llama"], "not a PLT"),
+        ([], "at least one checkpoint"),
+    ],
+)
+def test_errors_say_what_to_do(made, arguments, message, capsys, monkeypatch):
+    """In this process: importing torch nine times would take half a minute."""
+    from parloop import cli
+
+    if arguments == ["llama"]:
+        small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+        LlamaForCausalLM(small).save_pretrained(made / "llama")
+    if arguments and (made / arguments[0]).exists():
+        arguments = [str(made / arguments[0]), *arguments[1:]]
+        if "--data" not in arguments:
+            arguments += ["--data", str(made / "text")]
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (BROWSER and DRIVER):
+        if os.environ.get("PARLOOP_REQUIRE_BROWSER"):
+            pytest.fail("no Chromium with chromedriver, and PARLOOP_REQUIRE_BROWSER is set")
+        pytest.skip("needs Chromium and chromedriver (Debian: chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_page_in_a_browser(browser, report, width):
+    """Hover and click tokens; nothing is wider than the screen; no script fails."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    _, records, page = report
+    browser.set_window_size(width, 900)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    )
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    section = browser.find_element(By.ID, "tokens-2")
+    tokens = section.find_elements(By.CSS_SELECTOR, "span.token[data-i]")
+    assert len(tokens) == len(records[1]["tokens"]["view"])
+    peek = section.find_element(By.CSS_SELECTOR, ".peek")
+    assert peek.text == "Choose a token."
+
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[3])
+    ActionChains(browser).move_to_element(tokens[3]).perform()
+    rows = peek.find_elements(By.TAG_NAME, "tr")
+    assert len(rows) == 1 + 3  # a head, and a row per loop
+    expected = records[1]["tokens"]["view"][3]["loops"]
+    assert [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows[1:]] == [str(loop["rank"]) for loop in expected]
+    tokens[5].click()
+    expected = records[1]["tokens"]["view"][5]["loops"]
+    rows = peek.find_elements(By.TAG_NAME, "tr")
+    assert [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows[1:]] == [str(loop["rank"]) for loop in expected]
+    assert "chosen" in tokens[5].get_attribute("class")
+    assert "chosen" not in tokens[3].get_attribute("class")
+
+    details = browser.find_elements(By.TAG_NAME, "details")[0]
+    details.find_element(By.TAG_NAME, "summary").click()
+    assert details.get_attribute("open")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
