@@ -141,3 +141,43 @@ def test_a_foreign_cache_with_tokens_is_refused():
         cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), layer)
     with pytest.raises(ValueError, match="start from an empty cache"):
         model(random_ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 64])
+def test_padding_inside_a_text_is_refused(max_cache_len):
+    """A right-padded prompt that is continued: its padding would sit in windows and carries."""
+    model = tiny_model()
+    ids = random_ids(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    cache = make_cache(model.config, max_cache_len=max_cache_len)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="padding between tokens of one text"):
+            model(ids[:, :1], attention_mask=torch.cat([mask, torch.ones(2, 1)], dim=1), past_key_values=cache)
+        with pytest.raises(ValueError, match="padding between tokens of one text"):
+            model(ids, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1]] * 2))
+        one = tiny_model(plt_num_loops=1)
+        hole = torch.tensor([[1, 1, 0, 0, 1, 1]])
+        positions = torch.tensor([[0, 1, 1, 1, 2, 3]])
+        kept = one(ids[:1, [0, 1, 4, 5]]).logits[:, -1]
+        torch.testing.assert_close(one(ids[:1], attention_mask=hole, position_ids=positions).logits[:, -1], kept, **EXACT)
+
+
+def test_a_reset_cache_serves_another_batch_size():
+    model = tiny_model(plt_num_loops=3)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 9), past_key_values=cache)
+        cache.reset()
+        ids = random_ids(3, 7, seed=1)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **EXACT)
+        step = model(ids[:, :1], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(step, model(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1], **EXACT)
+
+
+def test_packed_rows_are_refused_where_flash_attention_would_mix_them():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    with pytest.raises(ValueError, match=r"batches of one row only.*flex_attention"):
+        model(random_ids(2, 6), position_ids=positions)

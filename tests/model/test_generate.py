@@ -181,3 +181,11 @@ def test_attentions_of_later_loops_are_the_gated_mixture(w):
 def test_continuous_batching_is_refused():
     with pytest.raises(ValueError, match="left-padded batch instead"):
         tiny_model().generate_batch([[3, 4, 5]], max_new_tokens=2)
+
+
+def test_generating_from_embeddings():
+    model = tiny_model()
+    ids = random_ids(1, 12)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[:, 12:]
+    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=8, do_sample=False)
+    assert got.tolist() == expected.tolist()

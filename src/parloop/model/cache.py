@@ -57,6 +57,11 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
     """
     L, R = config.num_hidden_layers, num_loops
     if len(cache.layers) == L * R + R - 1 and (R == 1 or isinstance(cache.layers[-1], LinearAttentionLayer)):
+        if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
+            for index, carry in enumerate(cache.layers):
+                if isinstance(carry, LinearAttentionLayer):
+                    cache.layers[index] = fresh = LinearAttentionLayer()
+                    fresh.record_past = carry.record_past
         return cache
     if cache.get_seq_length() > 0:
         loops = cached_loops(cache, config)

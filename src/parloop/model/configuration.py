@@ -28,7 +28,9 @@ class PLTConfig(PreTrainedConfig):
         head_dim: K, size of a head. None means hidden_size // num_attention_heads.
         rope_parameters: RoPE base and scaling as transformers 5 names them. `rope_theta` and `rope_scaling`, the names
             in released files, are accepted and are what gets saved.
-        plt_num_loops: R, how often the stack is run; `num_loops` is another name of it. 1 is the plain transformer.
+        plt_num_loops: R, how often the stack is run; `num_loops` is another name of it. 1 is the plain transformer: a looped
+            checkpoint loaded so drops its gates, and would be saved without them. To only run fewer loops, use the
+            `num_loops` of a call.
         plt_window_size: `[w, 0]`. In loops 2..R a token sees itself and the w tokens before it: w + 1 keys.
         plt_normalize_per_loop: apply the final norm after every loop, not only after the last.
         plt_emb_scale: a in `a * E + c * shift(h)`. None means 1.0.

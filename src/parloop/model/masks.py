@@ -43,11 +43,12 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
+    backend: str,
 ) -> tuple[torch.Tensor | None, bool]:
     """The attention mask (None if it masks nothing), and whether position_ids pack several documents into a row.
 
     Raises:
-        ValueError: a mask of the wrong shape; packed documents with a cache, or with padding.
+        ValueError: a mask of the wrong shape; packed documents with a cache, with padding, or in several rows with FlashAttention.
     """
     T = inputs_embeds.shape[1]
     is_static = past_key_values is not None and past_key_values.is_compileable
@@ -85,7 +86,24 @@ def check_inputs(
             "Packed documents (position_ids restart) together with padding in attention_mask: leave attention_mask out. "
             "Documents are told apart by position_ids, and padding after them is never seen."
         )
+    if backend.startswith("flash") and position_ids.shape[0] > 1:
+        raise ValueError(
+            f"{backend} tells packed documents apart in batches of one row only: use attn_implementation='sdpa' or "
+            f"'flex_attention', or one row per batch."
+        )
     return None, True
+
+
+def _check_padding(attention_mask: torch.Tensor | None, num_loops: int) -> None:
+    """Raises ValueError for padding inside a text: windows and carries hold neighbours, and would hold the padding."""
+    if attention_mask is None or num_loops == 1 or torch.compiler.is_compiling():
+        return
+    real = attention_mask.bool()
+    if bool(((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any()):
+        raise ValueError(
+            "attention_mask has padding between tokens of one text, as a right-padded prompt has when it is continued: leave it "
+            "out, or pad the whole conversation on the left again and start from an empty cache."
+        )
 
 
 def plt_masks(
@@ -114,6 +132,7 @@ def plt_masks(
     w, device, backend = config.window_tokens, inputs_embeds.device, config._attn_implementation
     is_static = past_key_values is not None and past_key_values.is_compileable
     masks: Masks = {"full": None, "window": None, "carry": None}
+    _check_padding(attention_mask, num_loops)
     if T == 1 and attention_mask is None and not is_static:
         return masks  # one token sees everything that is held
 

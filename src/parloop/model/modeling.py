@@ -370,7 +370,8 @@ class PLTModel(PLTPreTrainedModel):
         if isinstance(attention_mask, dict):  # made in advance by create_masks_for_generate
             masks = attention_mask
         else:
-            attention_mask, packed = check_inputs(e_BTD, attention_mask, position_ids, past_key_values)
+            backend = self.config._attn_implementation
+            attention_mask, packed = check_inputs(e_BTD, attention_mask, position_ids, past_key_values, backend)
             if past_key_values is None and use_cache and not packed and not self.training:
                 past_key_values = make_cache(self.config, num_loops)
             masks = plt_masks(self.config, num_loops, e_BTD, attention_mask, past_key_values, position_ids)
@@ -551,8 +552,10 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             loop_logits=loop_logits,
         )
 
-    def prepare_inputs_for_generation(self: Any, *args, output_loop_states: bool = False, **kwargs):
-        # Per-loop states of a long prompt are memory that generate() has no use for.
+    def prepare_inputs_for_generation(self: Any, *args, inputs_embeds=None, output_loop_states: bool = False, **kwargs):
+        # Note: generate() looks for the name inputs_embeds in this signature. Per-loop states of a long prompt are memory that it
+        # has no use for.
+        kwargs["inputs_embeds"] = inputs_embeds
         inputs = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
         return inputs | {"output_loop_states": output_loop_states}
 
