@@ -12,6 +12,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from . import __version__
+from .bench import BenchError
 from .corpus import SourceError
 from .diagnosis import DiagnosisError
 from .generate import CheckpointError
@@ -22,7 +23,7 @@ app = App(
     help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
     version=__version__,
 )
-Many = Parameter(consume_multiple=True)
+Many = Parameter(consume_multiple=True, negative=())
 
 
 def _overrides() -> type:
@@ -253,6 +254,96 @@ def diagnose(
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
+@app.command
+def bench(
+    checkpoint: str | None = None,
+    /,
+    *,
+    shape: str | None = None,
+    loops: Annotated[list[int] | None, Many] = None,
+    contexts: Annotated[list[int] | None, Many] = None,
+    batch_sizes: Annotated[list[int] | None, Many] = None,
+    prefill_lengths: Annotated[list[int] | None, Many] = None,
+    steps: int = 16,
+    repeats: int = 7,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    static: bool = False,
+    compile: bool = False,
+    threads: int | None = None,
+    output: Path | None = None,
+    fresh: bool = False,
+) -> None:
+    """Time prefill and decode at every loop count, side by side with a plain Llama and the memory's speed.
+
+    Prints tables, and writes results.json and bench.png. Run it again to continue after an interruption.
+
+    Example: parloop bench --shape 600m --loops 1 2 --contexts 256 4096
+
+    Parameters
+    ----------
+    checkpoint
+        Folder or Hub name of a PLT checkpoint.
+    shape
+        Instead of a checkpoint, random weights: 600m (the default; 1.2 GB), loopcoder-v2 (the released shape, 15 GB), tiny.
+    loops
+        The loop counts. Default: 1 2 3 4. 1 is always measured.
+    contexts
+        Tokens in the cache when decoding is timed; 0: no decoding. Default: 256 4096 16384, as far as the model allows.
+    batch_sizes
+        Sequences at a time. Default: 1.
+    prefill_lengths
+        Tokens of the prompts whose prefill is timed; 0: no prefill. Default: 2048.
+    steps
+        Timed decode steps per round.
+    repeats
+        Rounds that count; one more warms up.
+    dtype
+        Of weights and cache: bfloat16, float16 or float32.
+    device
+        auto, cpu or cuda.
+    static
+        Static caches, for all lines.
+    compile
+        Add lines with a static cache and a compiled decode step.
+    threads
+        Of torch. Default: as torch finds.
+    output
+        Folder of the bench. Default: runs/bench-NAME.
+    fresh
+        Measure again what the folder holds.
+    """
+    from .bench.bench import default_folder, run_bench
+    from .report.figures import bench_figure, save_png
+    from .report.terminal import bench_legend, bench_tables
+
+    console = Console()
+    results = run_bench(
+        checkpoint,
+        shape=shape,
+        loops=loops,
+        contexts=contexts,
+        batch_sizes=batch_sizes,
+        prefill_lengths=prefill_lengths,
+        steps=steps,
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+        static=static,
+        compile=compile,
+        threads=threads,
+        output=output,
+        fresh=fresh,
+        console=console,
+    )
+    folder = output or default_folder(checkpoint, shape)
+    save_png(bench_figure(results), folder / "bench.png")
+    for table in bench_tables(results):
+        console.print(table)
+    console.print(bench_legend(results), highlight=False)
+    console.print(f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, soft_wrap=True)
+
+
 @app.command(help_flags=[])
 def run(
     module: Annotated[str, Parameter(name=["-m", "--module"])],
@@ -280,7 +371,7 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         app()
-    except (SourceError, RecipeError, CheckpointError, DiagnosisError, TrainingDivergedError) as error:
+    except (BenchError, SourceError, RecipeError, CheckpointError, DiagnosisError, TrainingDivergedError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -14,13 +14,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded, with what to do."""
 
 
-def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> Any:
-    """A PLT checkpoint in eval mode.
-
-    Args:
-        checkpoint: folder or Hub name.
-        device: auto (a GPU if there is one), cpu, cuda, ...
-        dtype: auto (as saved), float32, bfloat16 or float16.
+def load_config(checkpoint: str | Path) -> PLTConfig:
+    """The configuration of a PLT checkpoint, a folder or Hub name.
 
     Raises:
         CheckpointError: there is none, or it is another architecture.
@@ -33,6 +28,21 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} has model_type {config.model_type!r}, not {PLTConfig.model_type!r}: not a PLT."
         )
+    return config
+
+
+def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> Any:
+    """A PLT checkpoint in eval mode.
+
+    Args:
+        checkpoint: folder or Hub name.
+        device: auto (a GPU if there is one), cpu, cuda, ...
+        dtype: auto (as saved), float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: there is none, or it is another architecture.
+    """
+    load_config(checkpoint)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)

@@ -126,3 +126,80 @@ def cost_against_loops(results: dict[str, Any]) -> Figure:
         axes.set_ylabel(f"cost over that of R = {counts[0]} (ratio)")
         axes.legend()
     return figure
+
+
+def bench_figure(results: dict[str, Any]) -> Figure:
+    """Time over that of one loop against the loop count, for every block; and decode time against the context."""
+    prefills = [block for block in results["blocks"] if block["phase"] == "prefill"]
+    decodes = [block for block in results["blocks"] if block["phase"] == "decode"]
+    drawn = [
+        draw for draw, blocks in ((_decode_ratios, decodes), (_decode_times, decodes), (_prefill_ratios, prefills)) if blocks
+    ]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, max(1, len(drawn)), figsize=(4.6 * max(1, len(drawn)), 4.2), squeeze=False)
+        for axis, draw in zip(axes[0], drawn):
+            draw(axis, prefills if draw is _prefill_ratios else decodes)
+    return figure
+
+
+def _rows(block: dict[str, Any], kind: str, compiled: bool = False) -> list[dict[str, Any]]:
+    """Of a block, what ran in this way: "one pass" or "a pass per loop"."""
+    return [row for row in block["rows"] if row["kind"].startswith(kind) and row["compiled"] == compiled]
+
+
+def _ratio_line(axis, rows: list[dict[str, Any]], i: int, label: str | None, **look: Any) -> None:
+    if not rows:
+        return
+    low, middle, high = np.array([[row["over_one_loop"][name] for name in ("low", "median", "high")] for row in rows]).T
+    look |= {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 3, "label": label}
+    axis.errorbar([row["loops"] for row in rows], middle, yerr=[middle - low, high - middle], **look)
+
+
+def _ratio_axis(axis, blocks: list[dict[str, Any]], title: str) -> None:
+    counts = sorted({row["loops"] for block in blocks for row in block["rows"]})
+    axis.set_title(title)
+    axis.set_xticks(counts)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("loop count R")
+    axis.set_ylabel("time over that of R = 1 (median, quartiles)")
+    axis.legend(fontsize="small")
+
+
+def _name(block: dict[str, Any]) -> str:
+    batch = f", batch {block['batch_size']}" if block["batch_size"] > 1 else ""
+    return f"{block['tokens']:,} tokens{batch}"
+
+
+def _decode_ratios(axis, blocks: list[dict[str, Any]]) -> None:
+    for i, block in enumerate(blocks):
+        _ratio_line(axis, _rows(block, "one pass"), i, _name(block))
+    for i, block in enumerate(blocks):
+        rows = _rows(block, "one pass")[:1] + _rows(block, "a pass per loop")  # one loop is one pass
+        _ratio_line(axis, rows, i, None if i else "a pass per loop (dotted)", linestyle=":", alpha=0.6)
+    for i, block in enumerate(blocks):
+        _ratio_line(axis, _rows(block, "one pass", True), i, None if i else "compiled (dashed)", linestyle="--", alpha=0.6)
+    _ratio_axis(axis, blocks, "decode")
+
+
+def _prefill_ratios(axis, blocks: list[dict[str, Any]]) -> None:
+    for i, block in enumerate(blocks):
+        _ratio_line(axis, _rows(block, "one pass"), i, _name(block))
+    _ratio_axis(axis, blocks, "prefill")
+
+
+def _decode_times(axis, blocks: list[dict[str, Any]]) -> None:
+    """Of the smallest batch."""
+    batch = min(block["batch_size"] for block in blocks)
+    blocks = sorted((block for block in blocks if block["batch_size"] == batch), key=lambda block: block["tokens"])
+    lines = {row["label"]: row for row in blocks[0]["rows"] if not row["compiled"] and not row["kind"].startswith("a pass")}
+    for label, row in lines.items():
+        points = [(b["tokens"], other["ms"]["median"]) for b in blocks for other in b["rows"] if other["label"] == label]
+        style = {"color": "black", "marker": "x", "linestyle": ":"} if label == "Llama" else look(row["loops"])
+        axis.plot(*zip(*points), label=label, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([b["tokens"] for b in blocks], [f"{b['tokens']:,}" for b in blocks])
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"decode, batch {batch}")
+    axis.set_xlabel("tokens cached")
+    axis.set_ylabel("time per token (ms)")
+    axis.legend(fontsize="small")

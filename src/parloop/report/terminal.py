@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,6 +25,19 @@ def training_progress(console: Console) -> Progress:
 
 
 study_progress = training_progress
+
+
+def bench_progress(console: Console) -> Progress:
+    """One bar for all blocks, with the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _interval(values: list[float], sign: str = "") -> str:
@@ -98,3 +112,91 @@ def _short(value: list[float] | None) -> str:
         return ""
     mean, low, high = value
     return f"{mean:.3g}" if low is None else f"{mean:.3g} ±{max(high - mean, mean - low):.1g}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, or all of the integer part."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _quartiles(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{_digits(spread['low'])}..{_digits(spread['high'])}"
+
+
+def _ratio(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{spread['median']:.2f}"
+
+
+def bench_tables(results: dict[str, Any]) -> list[Table]:
+    """A table per block: one line for each loop count and way to run it."""
+    return [_bench_table(block) for block in results["blocks"]]
+
+
+def _bench_table(block: dict[str, Any]) -> Table:
+    decode = block["phase"] == "decode"
+    rate = block["read_bytes_per_second"]["median"] / 1e9
+    title = f"{block['phase']}, {block['tokens']:,} tokens, batch {block['batch_size']}"
+    table = Table(
+        title=f"{title}  (memory read at {_digits(rate)} GB/s)",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    speed = ("weights\nGB/s", "of\nread") if decode else ("tokens\nper s",)
+    for name in (
+        "ms per\ntoken" if decode else "ms",
+        "quartiles",
+        "over\nR = 1",
+        "quartiles",
+        "over\nLlama",
+        *speed,
+        "cache\nMB",
+        "peak\nGB",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in block["rows"]:
+        if decode:
+            speeds = [
+                _digits(row["weight_bytes_per_second"]["median"] / 1e9),
+                f"{100 * row['bandwidth_share']['median']:.0f}%",
+            ]
+        else:
+            speeds = [_digits(1e3 * block["tokens"] * block["batch_size"] / row["ms"]["median"])]
+        table.add_row(
+            row["label"],
+            _digits(row["ms"]["median"]),
+            _quartiles(row["ms"]),
+            _ratio(row["over_one_loop"]),
+            _quartiles(row["over_one_loop"]),
+            _ratio(row["over_llama"]),
+            *speeds,
+            _digits(row["cache"]["bytes"] / 1e6),
+            _digits(row["peak_bytes"] / 1e9),
+        )
+    return table
+
+
+def bench_legend(results: dict[str, Any]) -> str:
+    """What the lines and columns of the tables are."""
+    settings = results["settings"]
+    fastest = max(results["read_bandwidth"], key=results["read_bandwidth"].get)
+    lines = {
+        "R = n": "n loops in one pass over the weights. One copy of the weights serves all lines.",
+        "pass per loop": "the scheme of the vendor's server, not their code.",
+        "Llama": "transformers' LlamaForCausalLM of the same shape on the same weights.",
+        "compiled": "static cache and torch.compile; compared with R = 1 and Llama compiled as well.",
+        "tokens": f"of the prompt; for decode those cached when {settings['steps']} timed steps begin (random values).",
+        "ms, over": f"medians over {settings['repeats']} rounds, each running every line once; ratios taken within rounds.",
+        "weights GB/s": "bytes of weights that a step reads, over its time.",
+        "of read": f"that, over the rate at which memory is read ({fastest}).",
+        "cache MB": "keys, values and carried states after the run, all sequences of the batch.",
+        "peak GB": "most memory held in a run: on a CPU by the process, on a GPU by torch's allocator.",
+    }
+    labels = " ".join(row["label"] for block in results["blocks"] for row in block["rows"])
+    hidden = {name for name in ("pass per loop", "Llama", "compiled") if name not in labels}
+    if all(block["phase"] == "prefill" for block in results["blocks"]):
+        hidden |= {"weights GB/s", "of read"}
+    return "\n".join(f"{name + ':':15}{text}" for name, text in lines.items() if name not in hidden)

@@ -1,0 +1,251 @@
+"""How it is measured: one decode or prefill block, its caches, the machine's read bandwidth, memory.
+
+Decode steps at a long context need a full cache, not a prefill: time does not depend on values. So a cache is filled with
+random keys and values, through the library's own `update`, and holds afterwards what a prefill and a step would leave
+(tests/test_bench.py compares the two). Every round of every variant starts from such a fresh cache of the same length.
+
+Axes: B sequences, S tokens, D hidden size, G key/value heads, K head size.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer, timer
+from transformers import CompileConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from ..model.cache import cache_bytes, carry_index, full_index, make_cache, window_index
+from ..model.configuration import PLTConfig
+
+PASS_PER_LOOP = "a pass per loop: the scheme of the vendor's server, not their code"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table: a model, a loop count, and a way to run it."""
+
+    loops: int
+    llama: bool = False  # transformers' LlamaForCausalLM on the same weights
+    one_pass: bool = True  # False: a pass over the weights per loop
+    compiled: bool = False  # static cache and torch.compile
+
+    @property
+    def label(self) -> str:
+        name = "Llama" if self.llama else f"R = {self.loops}"
+        return name + ("" if self.one_pass else ", pass per loop") + (", compiled" if self.compiled else "")
+
+    @property
+    def kind(self) -> str:
+        return "transformers' LlamaForCausalLM" if self.llama else "one pass" if self.one_pass else PASS_PER_LOOP
+
+
+def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Variant]:
+    ways = [False, True] if compiled else [False]
+    variants = [Variant(1, llama=True, compiled=way) for way in ways if llama]
+    variants += [Variant(n, compiled=way) for way in ways for n in loops]
+    return variants + [Variant(n, one_pass=False) for n in loops if n > 1]
+
+
+def prefill_variants(loops: list[int], llama: bool) -> list[Variant]:
+    return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops]
+
+
+class Block:
+    """Decode steps, or prefills, of all variants at one length and batch size.
+
+    Args:
+        models: {"plt": .., "llama": ..}, see models.py.
+        tokens: of the prompt, or held when the timed decode steps begin.
+        steps: timed decode steps; 0 for a prefill.
+        static: static caches for all variants, not only for compiled ones.
+    """
+
+    def __init__(self, models: dict[str, Any], tokens: int, batch_size: int, steps: int, static: bool):
+        self.models, self.tokens, self.steps, self.static = models, tokens, steps, static
+        self.batch_size = batch_size
+        plt = models["plt"]
+        self.config: PLTConfig = plt.config
+        generator = torch.Generator(plt.device).manual_seed(0)
+        draw: dict[str, Any] = {"generator": generator, "device": plt.device}
+        self.ids = torch.randint(self.config.vocab_size, (batch_size, steps + 1 if steps else tokens), **draw)
+        if steps:
+            shape = (batch_size, self.config.num_key_value_heads, tokens - 1, self.config.head_dim)
+            self.k, self.v = (torch.randn(shape, dtype=plt.dtype, **draw) for _ in range(2))  # [B, G, S - 1, K]
+            self.carry = torch.randn((batch_size, self.config.hidden_size, 1), dtype=plt.dtype, **draw)  # [B, D, 1]
+        self.held: dict[tuple[bool, int], Cache] = {}
+        self.calls: dict[Variant, Callable] = {}
+
+    @torch.no_grad()
+    def run(self, variant: Variant) -> tuple[float, Cache]:
+        """Seconds of the prefill, or per decode step; and the cache afterwards."""
+        cache = self._empty_cache(variant)
+        if not self.steps:
+            start = timer()
+            self._call(variant, self.ids, cache, 0)
+            return timer() - start, cache
+        fill_cache(cache, self.config, variant.loops, self.k, self.v, self.carry)
+        # Not timed: the first step finds the processor's caches full of the filling, and may compile.
+        self._call(variant, self.ids[:, :1], cache, self.tokens - 1)
+        start = timer()
+        for step in range(self.steps):
+            self._call(variant, self.ids[:, step + 1 : step + 2], cache, self.tokens + step)
+        return (timer() - start) / self.steps, cache
+
+    def _call(self, variant: Variant, ids: torch.Tensor, cache: Cache, past: int) -> None:
+        model = self.models["llama" if variant.llama else "plt"]
+        options: dict[str, Any] = {"logits_to_keep": 1}
+        if not variant.llama:
+            options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "output_loop_states": False}
+        inputs = {"input_ids": ids, "past_key_values": cache, **options}
+        if cache.is_compileable:  # as generate() does it: masks are made before, and outside of what is compiled
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape[0], -1).contiguous()
+            inputs = model.prepare_inputs_for_generation(
+                ids, past_key_values=cache, position_ids=positions, use_cache=True, **options
+            )
+        self._callable(variant, model)(**inputs)
+
+    def _callable(self, variant: Variant, model: Any) -> Callable:
+        if not variant.compiled:
+            return model
+        if variant not in self.calls:
+            options = CompileConfig().to_dict()  # what generate() takes: CUDA graphs on a GPU
+            if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+                options["isolate_recompiles"] = True  # or every step would also try what was compiled for other variants
+            self.calls[variant] = torch.compile(model.__call__, **options)
+        return self.calls[variant]
+
+    def _empty_cache(self, variant: Variant) -> Cache:
+        """The cache that generate() would make. Static ones are kept over rounds: compiled code holds on to their addresses."""
+        length = self.tokens + self.steps
+        llama = self.models["llama"].config if variant.llama else None
+        if not (self.static or variant.compiled):
+            return DynamicCache(config=llama) if llama else make_cache(self.config, variant.loops)
+        key = (variant.llama, variant.loops)
+        if key not in self.held:
+            cache = StaticCache(llama, length) if llama else make_cache(self.config, variant.loops, length)
+            for (
+                is_llama,
+                _,
+            ), other in self.held.items():  # loop 1's keys and values once for all loop counts, to save memory
+                if not is_llama and not llama:
+                    cache.layers[: self.config.num_hidden_layers] = other.layers[: self.config.num_hidden_layers]
+            self.held[key] = cache
+        self.held[key].reset()
+        return self.held[key]
+
+
+def fill_cache(cache: Cache, config: PLTConfig, loops: int, k: torch.Tensor, v: torch.Tensor, carry: torch.Tensor) -> None:
+    """Put S tokens into an empty cache of `loops` loops (of a Llama, with loops = 1).
+
+    Args:
+        k, v: [B, G, S, K], the same values for every layer and loop.
+        carry: [B, D, 1].
+    """
+    for layer in range(config.num_hidden_layers):
+        cache.update(k.clone(), v.clone(), full_index(config, layer))  # copies: layers must not share memory to read
+    for loop in range(1, loops):
+        for layer in range(config.num_hidden_layers if config.window_tokens else 0):
+            index = window_index(config, loop, layer)
+            # The last token by itself: a window keeps a view of what it was given last, and would keep all S tokens alive.
+            if k.shape[2] > 1:
+                cache.update(k[:, :, :-1], v[:, :, :-1], index)
+            cache.update(k[:, :, -1:], v[:, :, -1:], index)
+        cache.update_conv_state(carry, carry_index(config, loops, loop - 1), conv_kernel_size=1)
+
+
+def expected_cache_bytes(
+    config: PLTConfig, loops: int, batch_size: int, tokens: int, itemsize: int, static: bool
+) -> dict[str, int]:
+    """L full layers of S tokens, L (R - 1) windows of w tokens (static ones also have room for the new one), R - 1 vectors."""
+    token = 2 * batch_size * config.num_key_value_heads * config.head_dim * itemsize  # a key and a value, one layer
+    window = min(config.window_tokens + 1 if static and config.window_tokens else config.window_tokens, tokens)
+    return {
+        "full": config.num_hidden_layers * tokens * token,
+        "window": config.num_hidden_layers * (loops - 1) * window * token,
+        "carry": (loops - 1) * batch_size * config.hidden_size * itemsize,
+    }
+
+
+def cache_report(block: Block, variant: Variant, cache: Cache) -> dict[str, Any]:
+    """Bytes of a cache after a run: measured by part, by the formula, and the memory behind it (storages are not shared)."""
+    itemsize, static = block.models["plt"].dtype.itemsize, cache.is_compileable
+    tokens = block.tokens + block.steps
+    measured = cache_bytes(cache)
+    formula = expected_cache_bytes(block.config, variant.loops, block.batch_size, tokens, itemsize, static)
+    tensors = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    tensors += [t for layer in cache.layers for t in getattr(layer, "conv_states", {}).values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    total, expected = sum(measured.values()), sum(formula.values())
+    return {
+        "bytes": total,
+        "parts": measured,
+        "formula": formula,
+        "over_formula": total / expected,
+        "storage_bytes": sum(storages.values()),
+    }
+
+
+def _reads(buffer: torch.Tensor) -> dict[str, Callable]:
+    """Ways to read a float32 buffer of ones once. As bfloat16 it holds zeros and ones."""
+    width = min(4096, buffer.numel() // 2)
+    matrix, half = buffer.view(-1, width), buffer.view(torch.bfloat16).view(-1, width)
+    row, half_row = buffer[None, :width].clone(), half[:1].clone()
+    return {
+        "sum, float32": buffer.sum,
+        "largest element, float32": buffer.amax,
+        "dot product with itself, float32": lambda: buffer @ buffer,
+        "matrix times vector, float32": lambda: F.linear(row, matrix),
+        "matrix times vector, bfloat16": lambda: F.linear(half_row, half),
+    }
+
+
+def read_bandwidth(size: int, device: torch.device, ways: list[str] | None = None) -> dict[str, float]:
+    """Bytes per second at which the machine reads memory it has not just read, for each way of reading.
+
+    The buffer is written first (untouched pages are all the same page) and freed afterwards, so that it does not count as
+    memory of what is measured next.
+
+    Args:
+        size: bytes, a power of two of at least 2**15; should be several times the largest processor cache.
+        ways: default: all.
+    """
+    buffer = torch.ones(size // 4, device=device)
+    reads = {name: read for name, read in _reads(buffer).items() if ways is None or name in ways}
+    seconds = {
+        name: Timer("read()", globals={"read": read}, num_threads=torch.get_num_threads())
+        .blocked_autorange(min_run_time=0.1)
+        .median
+        for name, read in reads.items()
+    }
+    return {name: size / value for name, value in seconds.items()}
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start a new high-water mark of memory. False if the system has one for the whole process only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The high-water mark: of the allocator on a GPU, else of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,163 @@
+"""What is measured: a PLT of random weights or from a checkpoint, and a Llama of the same shape on the same weights.
+
+One copy of the weights serves every loop count: the model is built for the largest one, and each call says how many loops it
+wants. With one loop no gate is computed, so R = 1 pays for nothing that a plain transformer lacks.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..generate import load_config, load_model
+from ..model.configuration import PLTConfig
+from ..model.modeling import PLTForCausalLM, PLTRotaryEmbedding
+
+SHARED: dict[str, Any] = {
+    "plt_window_size": [64, 0],
+    "plt_emb_scale": 0.707,
+    "plt_hidden_scale": 0.053,
+    "plt_gate_use_hidden_states": True,
+    "eos_token_id": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "600m": {  # 618M parameters: 1.2 GB in bfloat16, well above any processor's cache
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+    "loopcoder-v2": {  # the released shape: 7.6B parameters, 15.2 GB in bfloat16
+        "vocab_size": 76800,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "tiny": {  # for tests: its times are Python's, and say nothing about a model
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "plt_window_size": [8, 0],
+    },
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class BenchError(ValueError):
+    """Something that cannot be measured, with what to do."""
+
+
+def config_of(checkpoint: str | None, shape: str | None, max_loops: int) -> PLTConfig:
+    """The configuration of a checkpoint, or of a shape with gates for `max_loops` loops."""
+    if checkpoint is not None:
+        return load_config(checkpoint)
+    if shape not in SHAPES:
+        raise BenchError(f"--shape {shape!r} is unknown: use one of {', '.join(SHAPES)}.")
+    return PLTConfig(**(SHARED | SHAPES[shape]), plt_num_loops=max_loops)
+
+
+def build(checkpoint: str | None, config: PLTConfig, dtype: str, device: torch.device) -> dict[str, Any]:
+    """{"plt": the model, "llama": its twin}, in eval mode. A quantised checkpoint has no twin: its modules are not Llama's."""
+    if checkpoint is None:
+        model = random_model(config, DTYPES[dtype], device)
+    else:
+        model = load_model(checkpoint, str(device), dtype)
+    model.requires_grad_(False)
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    return {"plt": model} if quantized else {"plt": model, "llama": llama_twin(model)}
+
+
+def on_meta(config: PLTConfig, dtype: torch.dtype) -> PLTForCausalLM:
+    """The model without memory behind it: names, shapes and sizes."""
+    with torch.device("meta"):
+        model: Any = PLTForCausalLM(config)
+    return model.to(dtype)
+
+
+def random_model(config: PLTConfig, dtype: torch.dtype, device: torch.device) -> PLTForCausalLM:
+    """Random weights, drawn where they are used: never a copy in another dtype."""
+    model = on_meta(config, dtype).to_empty(device=device)
+    # Note: buffers that are not saved come back from the meta device as whatever lay in memory.
+    model.model.rotary_emb = PLTRotaryEmbedding(config).to(device)  # type: ignore[arg-type]
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model.eval()
+
+
+def llama_twin(model: PLTForCausalLM) -> LlamaForCausalLM:
+    """transformers' own Llama on this model's weight tensors: no second copy."""
+    fields = {name: value for name, value in model.config.to_dict().items() if not name.startswith("plt_")}
+    config = LlamaConfig(**{name: value for name, value in fields.items() if name not in ("model_type", "auto_map")})
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    missing, _ = llama.load_state_dict(model.state_dict(), strict=False, assign=True)  # the gates are left over
+    llama.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.device)
+    llama.set_attn_implementation(model.config._attn_implementation)
+    assert not missing, missing
+    assert not any(tensor.is_meta for tensor in itertools.chain(llama.parameters(), llama.buffers()))
+    return llama.requires_grad_(False).eval()
+
+
+def bytes_read(model: Any, loops: int, batch_size: int, passes: int) -> int:
+    """Bytes of weights that one decode step reads: `passes` times the stack and once the head.
+
+    Of the embedding only the rows of the new tokens count. A tied head is the embedding, read once as a head. Gates belong to
+    loops 2..R: one pass over R > 1 rows reads them once, a pass per loop R - 1 times.
+    """
+    stack = sum(p.nbytes for p in model.model.layers.parameters())
+    gates = sum(p.nbytes for name, p in model.model.layers.named_parameters() if "plt_gate" in name)
+    rows = batch_size * model.config.hidden_size * model.model.embed_tokens.weight.element_size()
+    norm, head = model.model.norm.weight.nbytes, model.lm_head.weight.nbytes
+    return passes * (stack - gates + norm) + min(passes, loops - 1) * gates + rows + head
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a new tensor can have; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    try:  # a container may have less than the machine; its unused file cache can be had
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max": no limit, not a number
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        held = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        return min(free, limit - held)
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def check_memory(name: str, weights: int, work: int, dtype: str, device: torch.device) -> None:
+    """Raises:
+    BenchError: the weights and `work` bytes more do not fit.
+    """
+    free = available_bytes(device)
+    if free is not None and weights + work > free:
+        raise BenchError(
+            f"{name} needs {(weights + work) / 1e9:.1f} GB: {weights / 1e9:.1f} GB of {dtype} weights and "
+            f"{work / 1e9:.1f} GB to work in. {free / 1e9:.1f} GB are free on {device}: end other programs, take a machine "
+            f"with more memory, or a smaller model (--shape 600m)."
+        )
