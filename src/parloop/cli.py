@@ -1,6 +1,7 @@
 """The `parloop` command: one verb, one function, no logic."""
 
 import dataclasses
+import os
 import runpy
 import sys
 import types
@@ -72,7 +73,7 @@ def train(
     settings = Recipe.load(recipe, **vars(overrides))
     folder = output or Path("runs/train", f"{Path(recipe).stem}-r{settings.num_loops}")
     result = run(settings, folder, fresh=fresh)
-    Console().print(
+    _console().print(
         f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
         f"model: {folder}\nnext:  parloop generate {folder} 'def '",
@@ -125,7 +126,7 @@ def study(
         changes["source"] = source
     recipe = Recipe.load(preset, **changes)
     folder = output or study_folder(preset, match, source)
-    console = Console()
+    console = _console()
     results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
     page = write_study_report(results, folder)
     for table in study_tables(results):
@@ -238,7 +239,7 @@ def diagnose(
 
     if not checkpoints:
         raise CheckpointError("name at least one checkpoint: parloop diagnose runs/study-quick/r2-seed0")
-    console = Console()
+    console = _console()
     options: dict[str, Any] = {
         "data": data, "extensions": extensions, "samples": samples, "length": length, "loops": loops, "batch_size": batch_size,
         "device": device, "dtype": dtype, "center_rank": center_rank,
@@ -317,7 +318,7 @@ def bench(
     from .report.figures import bench_figure, save_png
     from .report.terminal import bench_legend, bench_tables
 
-    console = Console()
+    console = _console()
     results = run_bench(
         checkpoint,
         shape=shape,
@@ -362,6 +363,12 @@ def run(
     """
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _console() -> Console:
+    """The terminal; where the output goes into a file, 100 columns."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=100)
 
 
 def main() -> None:
