@@ -27,6 +27,7 @@ def flash_contract(module, query, key, value, attention_mask, *, scaling, slidin
     groups = module.num_key_value_groups
     assert query.shape[1] == key.shape[1] * groups
     T, S = query.shape[2], key.shape[2]
+    assert kwargs["position_ids"].shape[-1] == T  # FlashAttention looks for packed documents in it
     position = torch.arange(S)
     distance = (position[None, :, None][:, -T:] if T <= S else None) - position[None, None, :]
     visible = distance >= 0

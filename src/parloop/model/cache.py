@@ -9,6 +9,9 @@
 Only loop 1's keys and values grow with the text (PLT paper, section 3: the shared cache). Loops are counted from 0 here.
 """
 
+from typing import Any
+
+import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -88,6 +91,31 @@ def _window_layer(like: object, config: PLTConfig):
     if isinstance(like, StaticLayer):
         return StaticSlidingWindowLayer(max_cache_len=like.max_cache_len, sliding_window=w + 1)
     return DynamicSlidingWindowLayer(sliding_window=w + 1)  # the library counts the token itself, and keeps w
+
+
+def tail_tokens(config: PLTConfig, num_loops: int, keep: int, loop: int, layer: int) -> int:
+    """How many of the last tokens a layer must be run on in one of the loops 2..R, if only loop R's last `keep` states are
+    needed, and a cache to go on from. Loop 1 runs on every token.
+
+    A layer's output reads its input at its own token and the w before it, so every layer is needed on w tokens more than the
+    next one. Loop r+1's input reads loop r one token to the left, and whatever comes next will read loop r's last state.
+    """
+    L, w = config.num_hidden_layers, config.window_tokens
+    return keep + (num_loops - 1 - loop) * (L * w + 1) + (L - layer) * w
+
+
+def catch_up(cache: Cache, index: int, tokens: int, w: int, k1_BGSK: torch.Tensor) -> None:
+    """Make a window layer one that was given `tokens` tokens, if it was not. What it holds is then not adjacent to what comes
+    next: zeros take its place, and are read only where nothing that is needed depends on it (see `tail_tokens`)."""
+    layer: Any = cache.layers[index]
+    if w == 0 or layer.get_seq_length() == tokens:
+        return
+    layer.reset()
+    B, G, _, K = k1_BGSK.shape
+    zeros = k1_BGSK.new_zeros(B, G, min(tokens, w), K)
+    layer.update(zeros, zeros)
+    length = "cumulative_length_int" if isinstance(layer, StaticLayer) else "cumulative_length"
+    setattr(layer, length, tokens)
 
 
 def cached_loops(cache: Cache, config: PLTConfig) -> int | None:

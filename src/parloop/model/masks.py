@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from .cache import window_index
 from .configuration import PLTConfig
 
-Masks = dict[str, Any]  # "full", "window", "carry": see plt_masks
+Masks = dict[str, Any]  # "full", "window", "carry", "padding": see plt_masks
 BANDED = ("eager", "sdpa")  # backends without windows of their own
 
 
@@ -36,6 +36,23 @@ class WindowView:
     def __init__(self, config: PLTConfig):
         self._attn_implementation = config._attn_implementation
         self.sliding_window = config.window_tokens + 1
+
+
+class TailView:
+    """A cache as the masks of a tail read it: loop 1 has stored all tokens of the call, but the tail's queries start at token
+    `start`, as if the tail were a call of its own on a cache that holds the rest. `window` is a window layer that does."""
+
+    def __init__(self, cache: Cache, window: int, start: int, keys: int):
+        self.cache, self.window, self.start, self.keys = cache, window, start, keys
+        self.is_compileable = cache.is_compileable
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.start
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return (self.keys, 0) if layer_idx == 0 else self.cache.get_mask_sizes(query_length, self.window)
 
 
 def check_inputs(
@@ -111,7 +128,7 @@ def plt_masks(
     num_loops: int,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    past_key_values: Cache | TailView | None,
     position_ids: torch.Tensor | None = None,
 ) -> Masks:
     """Everything that decides who sees whom in one call, shared by all layers and loops.
@@ -126,18 +143,19 @@ def plt_masks(
     Returns:
         "full": causal mask over loop 1's keys; "window": mask over a later loop's own keys (banded if this call has several
         tokens and the backend knows no windows); "carry": bool [B, T], whether a token may read its predecessor's state. The
-        first token of a text has no predecessor: neither padding nor another document may leak into it.
+        first token of a text has no predecessor: neither padding nor another document may leak into it. "padding": the
+        attention mask, from which the masks of a tail are made.
     """
     B, T = inputs_embeds.shape[:2]
     w, device, backend = config.window_tokens, inputs_embeds.device, config._attn_implementation
     is_static = past_key_values is not None and past_key_values.is_compileable
-    masks: Masks = {"full": None, "window": None, "carry": None}
+    masks: Masks = {"full": None, "window": None, "carry": None, "padding": None}
     _check_padding(attention_mask, num_loops)
     if T == 1 and attention_mask is None and not is_static:
         return masks  # one token sees everything that is held
 
     if attention_mask is not None:
-        attention_mask = attention_mask.to(device=device, dtype=torch.bool)
+        masks["padding"] = attention_mask = attention_mask.to(device=device, dtype=torch.bool)
     if position_ids is not None:
         position_ids = position_ids.expand(B, -1) if attention_mask is None and past_key_values is None else None
     shared: dict[str, Any] = {

@@ -14,7 +14,8 @@ PLT (arXiv 2510.24824) runs one stack of L layers R times with the same weights:
 
 Because of the shift, loop r of token t needs loop r-1 of token t-1 only. So to produce one token, all loops run as rows of
 ONE pass over the weights (`PLTModel._one_token`); prompts and training go loop after loop (`PLTModel._loop_by_loop`). Both
-read and write one cache (see cache.py), and any split of a text into calls gives the same logits.
+read and write one cache (see cache.py), and any split of a text into calls gives the same logits. Where only the last tokens'
+logits are wanted, loops 2..R run on the tail of the prompt that these depend on (cache.tail_tokens).
 
 Axes, as suffixes of tensor names:
     B sequences    T tokens of this call    S keys (cached and new)    D hidden size    R loops
@@ -43,9 +44,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import cached_loops, carry_index, extend_cache, full_index, make_cache, window_index
+from .cache import cached_loops, carry_index, catch_up, extend_cache, full_index, make_cache, tail_tokens, window_index
 from .configuration import PLTConfig
-from .masks import BANDED, Masks, band_block, check_inputs, fold_keys, fold_queries, plt_masks, unfold_bands
+from .masks import BANDED, Masks, TailView, band_block, check_inputs, fold_keys, fold_queries, plt_masks, unfold_bands
 
 
 @dataclass
@@ -346,7 +347,9 @@ class PLTModel(PLTPreTrainedModel):
         use_cache: bool | None = None,
         num_loops: int | None = None,
         one_pass: bool = True,
-        output_loop_states: bool = True,
+        output_loop_states: bool | None = None,
+        states_to_keep: int | None = None,
+        prompt_tokens: int = 0,
         **kwargs,
     ) -> PLTModelOutputWithPast:
         """
@@ -357,7 +360,11 @@ class PLTModel(PLTPreTrainedModel):
             past_key_values: a cache; an empty stock cache is extended in place.
             num_loops: R for this call; default: the configuration's.
             one_pass: run the loops of a single token as rows of one pass. False: a pass per loop, for comparison.
-            output_loop_states: return `loop_states`.
+            output_loop_states: return `loop_states`. Default: if all states are needed.
+            states_to_keep: only this many of the last states are needed; others may be left out, and what only they depend on
+                is not computed. None: all.
+            prompt_tokens: if this call is a chunk of a prompt, the tokens of the whole prompt, cached ones included: it is
+                the prompt's last states that are needed. All chunks of a prompt must be called alike.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -367,6 +374,8 @@ class PLTModel(PLTPreTrainedModel):
 
         if past_key_values is not None:
             extend_cache(past_key_values, self.config, num_loops)
+        if output_loop_states is None:
+            output_loop_states = states_to_keep is None
         if isinstance(attention_mask, dict):  # made in advance by create_masks_for_generate
             masks = attention_mask
         else:
@@ -387,11 +396,19 @@ class PLTModel(PLTPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
-        inspected = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        if T == 1 and one_pass and not inspected:
+        flags = ("output_hidden_states", "output_attentions")
+        inspected = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
+        keep = states_to_keep
+        if inspected or output_loop_states or not self._may_keep_less(num_loops, masks, past_key_values):
+            keep = None
+        if keep is not None and prompt_tokens and past_key_values is not None:
+            keep -= max(0, prompt_tokens - int(past_key_values.get_seq_length()) - T)  # these tokens of the prompt follow
+        if T == 1 and one_pass and not inspected and (keep is None or keep > 0):
             states = self._one_token(e_BTD, **call)
         else:
-            states = self._loop_by_loop(e_BTD, **call)
+            states = self._loop_by_loop(e_BTD, keep=keep, **call)
+        if keep is not None:  # the first states of a tail have not seen their whole window
+            states[-1] = states[-1][:, -keep:] if keep > 0 else e_BTD[:, :0]
         if output_loop_states and not self.config.plt_normalize_per_loop:
             states = [self.norm(h_BTD) for h_BTD in states[:-1]] + states[-1:]
         return PLTModelOutputWithPast(
@@ -400,21 +417,55 @@ class PLTModel(PLTPreTrainedModel):
             loop_states=tuple(states) if output_loop_states else None,
         )
 
-    def _loop_by_loop(self, e_BTD: torch.Tensor, num_loops: int, masks: Masks, past_key_values: Cache | None, **call):
-        """Training and prompts: loop r over all tokens, then loop r + 1."""
+    def _may_keep_less(self, num_loops: int, masks: Masks, cache: Cache | None) -> bool:
+        """Everything is computed where gradients may be wanted, for a cache that will be cropped, without a cache, and by what is
+        compiled for every shape."""
+        if torch.is_grad_enabled() or self.training or cache is None or "padding" not in masks:
+            return False
+        if torch.compiler.is_compiling() or self.config._attn_implementation == "flex_attention":
+            return False
+        return num_loops == 1 or not cache.is_recording_past(carry_index(self.config, num_loops, 0))
+
+    def _loop_by_loop(
+        self, e_BTD: torch.Tensor, num_loops: int, masks: Masks, past_key_values: Cache | None, keep: int | None, **call
+    ):
+        """Training and prompts: loop r over all tokens, then loop r + 1. If only the last `keep` states of loop R are needed,
+        loops 2..R run on the tail that these and the cache depend on; it gets shorter from layer to layer."""
+        T, w = e_BTD.shape[1], self.config.window_tokens
+        past = 0 if keep is None or past_key_values is None else int(past_key_values.get_seq_length())
         states: list[torch.Tensor] = []
-        k1: list[torch.Tensor | None] = [None] * len(self.layers)
-        v1: list[torch.Tensor | None] = [None] * len(self.layers)
+        k1: list[Any] = [None] * len(self.layers)
+        v1: list[Any] = [None] * len(self.layers)
         call |= {"num_loops": num_loops, "masks": masks, "past_key_values": past_key_values}
+        tails: dict[int, dict] = {}  # what layers are told, by the length of the tail
         for loop in range(num_loops):
             if loop == 0:
-                x_BTD = e_BTD
+                x_BND = e_BTD
             else:
-                x_BTD = self._combine(e_BTD, self._shift(states[-1], loop - 1, num_loops, masks, past_key_values))
+                shifted_BND = self._shift(states[-1], loop - 1, num_loops, masks, past_key_values)
+                x_BND = self._combine(e_BTD[:, -shifted_BND.shape[1] :], shifted_BND)
             for i, layer in enumerate(self.layers):
-                x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, **call)
-            states.append(self._after_loop(x_BTD, loop, num_loops))
+                told = call
+                if loop > 0 and keep is not None and past_key_values is not None:
+                    N = min(T, tail_tokens(self.config, num_loops, keep, loop, i))
+                    if N <= 0:  # what is needed comes later in the prompt
+                        return states
+                    x_BND, start, window = x_BND[:, -N:], past + T - N, window_index(self.config, loop, i)
+                    catch_up(past_key_values, window, start, w, k1[i])
+                    if N not in tails:
+                        tails[N] = self._tail_call(x_BND, TailView(past_key_values, window, start, k1[i].shape[2]), **call)
+                    told = tails[N]
+                x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, **told)
+            states.append(self._after_loop(x_BND, loop, num_loops))
         return states
+
+    def _tail_call(self, x_BND: torch.Tensor, view: TailView, masks, position_embeddings, position_ids, **call) -> dict:
+        N = x_BND.shape[1]
+        return call | {
+            "masks": plt_masks(self.config, call["num_loops"], x_BND, masks["padding"], view),
+            "position_embeddings": tuple(angles[:, -N:] for angles in position_embeddings),
+            "position_ids": position_ids[:, -N:],
+        }
 
     def _one_token(self, e_B1D: torch.Tensor, num_loops: int, masks: Masks, past_key_values: Cache | None, **call):
         """A decode step: the loops of one token as R rows of one pass. Exact, because every row's input is already known:
@@ -478,7 +529,7 @@ class PLTModel(PLTPreTrainedModel):
 
 
 def _where(keep_BT: torch.Tensor | None, h_BTD: torch.Tensor) -> torch.Tensor:
-    return h_BTD if keep_BT is None else torch.where(keep_BT[..., None], h_BTD, 0.0)
+    return h_BTD if keep_BT is None else torch.where(keep_BT[:, -h_BTD.shape[1] :, None], h_BTD, 0.0)
 
 
 class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
@@ -506,8 +557,9 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_loops: int | None = None,
         one_pass: bool = True,
-        output_loop_states: bool = True,
+        output_loop_states: bool | None = None,
         output_loop_logits: bool = False,
+        exact_tail: bool = True,
         **kwargs,
     ) -> PLTCausalLMOutputWithPast:
         """As in `LlamaForCausalLM`, with the loop dial.
@@ -515,12 +567,16 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         Args:
             num_loops: R for this call; default: the configuration's. A count that the model was not trained at warns once.
             one_pass: run the loops of a single token as rows of one pass. False: a pass per loop, for comparison.
-            output_loop_states: return `loop_states`, each loop's state after the final norm.
+            output_loop_states: return `loop_states`, each loop's state after the final norm. Default: unless `logits_to_keep`
+                asks for the last logits only.
             output_loop_logits: return `loop_logits`, each loop's state through the head.
+            exact_tail: if `logits_to_keep` asks for the last logits only, run loops 2..R on the tail that these and further
+                steps depend on. The logits are the same. False: on all tokens, for comparison.
 
         Returns:
             loss, logits [B, T or logits_to_keep, V], past_key_values, loop_states, loop_logits.
         """
+        tail = exact_tail and labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
         outputs: PLTModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -530,7 +586,8 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             num_loops=num_loops,
             one_pass=one_pass,
-            output_loop_states=output_loop_states or output_loop_logits,
+            output_loop_states=True if output_loop_logits else output_loop_states,
+            states_to_keep=logits_to_keep if tail else None,
             **kwargs,
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)  # type: ignore[arg-type]
@@ -559,6 +616,16 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         inputs = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
         return inputs | {"output_loop_states": output_loop_states}
 
+    def _prefill(self: Any, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # Only here is it known how long a prompt is that comes in chunks (prefill_chunk_size). `input_ids` either holds the
+        # cached tokens too, and is then as long as the mask, or the new ones only.
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size is not None and cache is not None:
+            masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            past = 0 if masked == input_ids.shape[1] else int(cache.get_seq_length())
+            model_kwargs = model_kwargs | {"prompt_tokens": past + input_ids.shape[1]}
+        return GenerationMixin._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def _prepare_cache_for_generation(self: Any, generation_config, model_kwargs, *args, **kwargs):
         GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
@@ -577,4 +644,7 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         """All masks of a step in advance, for compiled decoding with a static cache."""
         loops = cached_loops(past_key_values, config) or config.plt_num_loops
-        return plt_masks(config, loops, inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = plt_masks(config, loops, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if inputs_embeds.shape[1] == 1:  # it grows with the text, and a compiled step would be compiled again
+            del masks["padding"]
+        return masks
