@@ -127,12 +127,12 @@ class PLTGate(nn.Module):
         return logits_BNH.sigmoid()[..., None]
 
 
-class RowsAsHeads:
-    """An attention module as a backend sees it when each of its query heads stands for the heads of several loops."""
+class Seen:
+    """An attention module as a backend sees it in a decode step, when loops stand for something else: see `_attend_step`."""
 
-    def __init__(self, attention: "PLTAttention", rows: int):
-        self.num_key_value_groups = attention.num_key_value_groups * rows
-        self.is_causal = True
+    def __init__(self, attention: "PLTAttention", num_key_value_groups: int, is_causal: bool):
+        self.num_key_value_groups = num_key_value_groups
+        self.is_causal = is_causal
         self.training = attention.training
         self.layer_idx = attention.layer_idx
         self.config = attention.config
@@ -211,21 +211,33 @@ class PLTAttention(nn.Module):
         return *apply_rotary_pos_emb(q, k, *position_embeddings), v
 
     def _one_token(self, q, k, v, k1, v1, masks, cache, x_BRD, **kwargs) -> torch.Tensor:
-        """All loops of one token, [B, R, H, K]. To the backend, loops are more query heads of a one-token call, so loop 1's
-        keys are read once for all of them."""
+        """All loops of one token, [B, R, H, K]: loop 1's keys are read once for all of them."""
         B, H, R, K = q.shape
-        q_rows = q.reshape(B, H * R, 1, K)  # heads of one key group stay together: [G, H/G, R]
-        global_BRHK = self._attend(RowsAsHeads(self, R), q_rows, k1, v1, masks["full"], **kwargs)[0]
+        G = self.num_kv_heads
+        global_BRHK = self._attend_step(q.reshape(B, G, -1, K), k1, v1, masks["full"], **kwargs)  # rows of a group: H/G * R
         global_BRHK = global_BRHK.reshape(B, H, R, K).transpose(1, 2)
         if R == 1:
             return global_BRHK
         own = [self._recall(cache, k[:, :, r : r + 1], v[:, :, r : r + 1], r) for r in range(1, R)]
         keys, values = (torch.cat(parts, dim=1) if R > 2 else parts[0] for parts in zip(*own))  # [B, (R-1) * G, W, K]
-        q_own = q[:, :, 1:].transpose(1, 2).reshape(B, (R - 1) * H, 1, K)
-        local_BRHK = self._attend(self, q_own, keys, values, masks["window"], windowed=True, **kwargs)[0]
-        local_BRHK = local_BRHK.reshape(B, R - 1, H, K)
+        q_own = q[:, :, 1:].transpose(1, 2).reshape(B, (R - 1) * G, -1, K)
+        local_BRHK = self._attend_step(q_own, keys, values, masks["window"], windowed=True, **kwargs).reshape(B, R - 1, H, K)
         g = self.gate(x_BRD[:, 1:], q[:, :, 1:]).to(local_BRHK.dtype)  # [B, R-1, H, 1]
         return torch.cat((global_BRHK[:, :1], torch.lerp(local_BRHK, global_BRHK[:, 1:], g)), dim=1)
+
+    def _attend_step(self, q_BGnK, k, v, mask, **kwargs) -> torch.Tensor:
+        """Attention of n queries that share a key head and see the same keys: [B, G, n, K].
+
+        To eager and sdpa they are n tokens of a text without causality, so that a key is read once for all of them: heads of a
+        group would each read it again. To other backends, which may take masks for those of tokens, they are heads.
+        """
+        B, G, n, K = q_BGnK.shape
+        if self.config._attn_implementation in BANDED:
+            out = self._attend(Seen(self, 1, is_causal=False), q_BGnK, k, v, mask, **kwargs)[0]  # [B, n, G, K]
+            out = out.transpose(1, 2)
+        else:
+            out = self._attend(Seen(self, n, is_causal=True), q_BGnK.reshape(B, G * n, 1, K), k, v, mask, **kwargs)[0]
+        return out.reshape(B, G, n, K)
 
     def _window(self, q, k, v, loop, masks, cache, **kwargs):
         """Attention of T tokens over their own loop's window, [B, T, H, K]."""
