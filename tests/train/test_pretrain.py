@@ -1,5 +1,7 @@
 """Training runs: they learn, they resume exactly, and they stop when they are lost."""
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -12,11 +14,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_corpus import write_sources
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from parloop.corpus import load_corpus
 from parloop.train import Recipe, RecipeError, TrainingDivergedError, build_model, train
-from parloop.train.pretrain import last_whole_checkpoint
+from parloop.train.pretrain import TRAINED_ON, last_whole_checkpoint, whole_batches
 
 QUIET = Console(quiet=True)
 
@@ -107,6 +109,107 @@ def assert_same_run(one, two):
     weights, other_weights = load_file(folder / "model.safetensors"), load_file(other_folder / "model.safetensors")
     for name, tensor in weights.items():
         torch.testing.assert_close(other_weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further(recipe, corpus, finished, tmp_path, monkeypatch):
+    """Between the last checkpoint and training.json; the time comes with the checkpoint."""
+
+    def killed(*_, **__):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", killed)
+        with pytest.raises(StopError):
+            train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-30"
+    steps = []
+    result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=lambda step, _: steps.append(step))
+    assert steps == []
+    assert result["tokens_per_second"] > 0
+    assert result["seconds"] > 0
+    assert_same_run(finished, (tmp_path / "run", result))
+
+
+def test_time_is_summed_over_interruptions(recipe, corpus, tmp_path):
+    def stop(step, loss):
+        if step == 16:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=stop)
+    path = last_whole_checkpoint(tmp_path / "run") / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] += 1000
+    path.write_text(json.dumps(state))
+    assert 1000 < train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)["seconds"] < 1100
+
+
+def test_fewer_steps_than_log_every(recipe, corpus, tmp_path):
+    result = train(changed(recipe, tokens=3 * 4 * 32, log_every=10), tmp_path / "run", corpus=corpus, console=QUIET)
+    assert [step for step, _ in result["loss_curve"]] == [3]
+
+
+def test_every_step_has_all_its_rows(recipe, corpus, tmp_path):
+    """Also the last one of an epoch, which would else be counted with tokens it does not have."""
+    rows = len(corpus.train)
+    odd = next(n for n in range(8, 100) if rows % n)
+    uneven = changed(recipe, batch_size=2 * odd, gradient_accumulation=2)
+    kept = len(whole_batches(corpus, uneven, 1))
+    assert kept % (2 * odd) == 0
+    assert 0 < rows - kept < 2 * odd
+    with pytest.raises(RecipeError, match=rf"has {rows} rows of length=32 .* takes 100000 .*lower batch_size"):
+        whole_batches(corpus, changed(recipe, batch_size=100_000), 1)
+
+
+def test_a_changed_source_is_not_mixed_with_the_old_one(recipe, corpus, tmp_path):
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    other = dataclasses.replace(corpus, summary=corpus.summary | {"digest": "another"})
+    with pytest.raises(RecipeError, match="has changed since the run in .* --fresh, or choose another --output"):
+        train(short, tmp_path / "run", corpus=other, console=QUIET)
+    (tmp_path / "run" / "training.json").unlink()
+    with pytest.raises(RecipeError, match="has changed"):
+        train(short, tmp_path / "run", corpus=other, console=QUIET)
+    (tmp_path / "run" / TRAINED_ON).unlink()  # a run that was made without it
+    assert train(short, tmp_path / "run", corpus=other, console=QUIET)["steps"] == 2
+
+
+def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    (tmp_path / "thesis.tex").write_text("")
+    for output in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(RecipeError, match="holds no run .* --fresh does not delete it"):
+            train(short, output, corpus=corpus, console=QUIET, fresh=True)
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "run").mkdir()
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+    (tmp_path / "run" / "left-over").write_text("")
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+    assert not (tmp_path / "run" / "left-over").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RecipeError, match="is a file: choose a folder"):
+        train(recipe, tmp_path / "run", console=QUIET)
+
+
+def test_the_cursor_comes_back_after_an_error(recipe, corpus, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parloop.train.pretrain.PLTTrainer.training_step", interrupted)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", corpus=corpus, console=terminal)
+    shown = terminal.file.getvalue()
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(recipe, corpus, tmp_path):
+    with pytest.raises(RecipeError, match="device='cuda', but torch finds no GPU here: use --device cpu"):
+        train(changed(recipe, device="cuda"), tmp_path / "run", corpus=corpus, console=QUIET)
 
 
 def test_kill_minus_nine(recipe, finished, tmp_path):

@@ -28,7 +28,7 @@ from . import sources
 from .packing import pack
 from .tokenizer import train_tokenizer
 
-FORMAT = 1  # raise when what is stored changes
+FORMAT = 2  # raise when what is stored changes
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
 NAMED = 20  # how many left-out files of each reason the summary names
 
@@ -169,12 +169,14 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
     found.sort()
     documents: dict[str, list[dict]] = {"train": [], "validation": []}
     kept_bytes = 0
+    kept: list[bytes] = []
     for digest, name, text in found:
         size = len(text.encode("utf-8", "replace"))
         if settings.max_bytes and kept_bytes + size > settings.max_bytes and kept_bytes:
             left_out["beyond max_bytes"] += 1
             continue
         kept_bytes += size
+        kept.append(digest)
         split = "validation" if is_validation(digest, settings.validation_share) else "train"
         documents[split].append({"name": name, "text": text, "bytes": size})
     progress.remove_task(task)
@@ -183,6 +185,7 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
         "settings": asdict(settings),
         "left_out": dict(left_out.most_common()),
         "left_out_names": names,
+        "digest": hashlib.sha256(b"".join(kept)).hexdigest(),  # of the documents of both splits
     }
     _enough(settings, documents, summary)
     return documents, summary

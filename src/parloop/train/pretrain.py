@@ -1,10 +1,11 @@
 """Pretraining: a recipe drives transformers' Trainer.
 
-A run's folder holds recipe.yaml, checkpoint-N folders while it runs, and in the end the model, its tokenizer and
-training.json. Running the same recipe again continues an interrupted run from its last whole checkpoint, with the same data
+A run's folder holds recipe.yaml, corpus.json (which documents), checkpoint-N folders while it runs, and in the end the model, its
+tokenizer and training.json. Running the same recipe again continues an interrupted run from its last whole checkpoint, with the same data
 order and random numbers, and leaves a finished one alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,15 +22,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from ..corpus import Corpus, collate, load_corpus, pack
 from ..model.modeling import PLTForCausalLM, PLTGate
 from .recipe import Recipe, RecipeError
 
 MODEL_DONE = "training.json"  # written last: the run is finished
+TRAINED_ON = "corpus.json"  # the digest of the corpus, written first
 FREE_TO_CHANGE = {"device", "log_every", "save_every", "keep_checkpoints", "compile"}  # do not change what is trained
 
 
@@ -82,50 +86,70 @@ def train(
         what training.json holds: steps, tokens, seconds, tokens per second, the loss curve.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe.
+        RecipeError: the folder holds a run of another recipe or on other text, or with `fresh` something else than a run; there
+            is no such device; the corpus is too small for a step.
         TrainingDivergedError: the loss is not a number, or far above its start.
     """
     console = console or Console(stderr=True)
     output = Path(output)
     if fresh:
-        shutil.rmtree(output, ignore_errors=True)
+        _delete_run(output)
     _same_recipe(recipe, output)
+    if corpus is not None:
+        _same_corpus(corpus, output)
     if (output / MODEL_DONE).exists():
         return json.loads((output / MODEL_DONE).read_text())
-    corpus = corpus or load_corpus(recipe.corpus_settings(), console=console)
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device='cuda', but torch finds no GPU here: use --device cpu or auto.")
+    if corpus is None:
+        corpus = load_corpus(recipe.corpus_settings(), console=console)
+        _same_corpus(corpus, output)
     output.mkdir(parents=True, exist_ok=True)
     recipe.save(output / "recipe.yaml")
 
     model = build_model(recipe, corpus.tokenizer)
+    args = training_arguments(recipe, output)
     trainer = PLTTrainer(
         model=model,
-        args=training_arguments(recipe, output),
-        train_dataset=corpus.train,
+        args=args,
+        train_dataset=whole_batches(corpus, recipe, args.world_size),
         eval_dataset=validation_rows(corpus, recipe) if recipe.eval_every else None,
         data_collator=collate,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    clock = Clock(output)
-    trainer.add_callback(clock)
-    trainer.add_callback(_StepCallback(on_step) if on_step else _BarCallback(console, recipe, output.name))
-
     checkpoint = last_whole_checkpoint(output)
+    clock = Clock(checkpoint)
+    trainer.add_callback(clock)
+    bar: Progress | None = None
+    if on_step is None:
+        from ..report.terminal import training_progress
+
+        bar = training_progress(console)
+    trainer.add_callback(_BarCallback(bar, recipe, output.name) if bar else _StepCallback(on_step))
+
     if checkpoint is not None:
-        console.print(f"continuing {output} from {checkpoint.name}", highlight=False)
-    with warnings.catch_warnings():
-        # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
-        warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        console.print(f"continuing {output} from {checkpoint.name}", highlight=False, markup=False)
+    elif trainer.is_world_process_zero():
+        _write_json(output / TRAINED_ON, {"digest": corpus.summary["digest"]})
+    if checkpoint is not None and _step(checkpoint) >= recipe.steps:
+        # Killed after its last checkpoint: nothing is left to train, but Trainer would do one more step.
+        model.load_state_dict(PLTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        with warnings.catch_warnings(), bar or contextlib.nullcontext():
+            # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
+            warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     trainer.save_model(str(output))
     corpus.tokenizer.save_pretrained(output)
-    steps_tokens = recipe.steps * recipe.batch_size * recipe.length * trainer.args.world_size
+    steps_tokens = recipe.steps * recipe.batch_size * recipe.length * args.world_size
     result = {
         "steps": recipe.steps,
         "tokens": steps_tokens,
-        "seconds": clock.seconds(),
-        "tokens_per_second": clock.tokens_per_second(steps_tokens / recipe.steps),
+        "seconds": clock.seconds,
+        "tokens_per_second": steps_tokens / recipe.steps / (clock.step_seconds() or math.inf),
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss_curve": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
         "validation_curve": [[log["step"], log["eval_loss"]] for log in trainer.state.log_history if "eval_loss" in log],
@@ -164,7 +188,7 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         torch_compile=recipe.compile,
-        logging_steps=recipe.log_every,
+        logging_steps=min(recipe.log_every, recipe.steps),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
@@ -177,6 +201,17 @@ def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         report_to=["tensorboard"] if _has_tensorboard() else [],
         disable_tqdm=True,
     )
+
+
+def whole_batches(corpus: Corpus, recipe: Recipe, processes: int) -> Dataset:
+    """The training rows without the last few that fill no step, so that every step of every epoch has all its rows."""
+    rows, step = len(corpus.train), recipe.batch_size * processes
+    if rows < step:
+        raise RecipeError(
+            f"the corpus has {rows} rows of length={recipe.length} to train on, but a step takes {step} (batch_size="
+            f"{recipe.batch_size} on {processes} process{'es' if processes > 1 else ''}): lower batch_size or length, or add text."
+        )
+    return corpus.train.select(range(rows - rows % step))
 
 
 def validation_rows(corpus: Corpus, recipe: Recipe) -> Dataset:
@@ -221,7 +256,7 @@ class PLTTrainer(Trainer):
 def last_whole_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end. (A process killed while saving leaves half of one, which is
     deleted here: trainer_state.json is what the Trainer writes last.)"""
-    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    folders = sorted(output.glob("checkpoint-*"), key=_step, reverse=True)
     for folder in folders:
         try:
             json.loads((folder / "trainer_state.json").read_text())
@@ -231,8 +266,33 @@ def last_whole_checkpoint(output: Path) -> Path | None:
     return None
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _delete_run(output: Path) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "recipe.yaml").is_file()):
+        raise RecipeError(
+            f"output {str(output)!r} holds no run (there is no recipe.yaml), so --fresh does not delete it: choose another output."
+        )
+    shutil.rmtree(output)
+
+
+def _same_corpus(corpus: Corpus, output: Path) -> None:
+    path = output / TRAINED_ON
+    if path.exists() and json.loads(path.read_text())["digest"] != corpus.summary["digest"]:
+        raise RecipeError(
+            f"source {corpus.summary['source']!r} has changed since the run in {str(output)!r} began, and losses on different "
+            f"text do not compare: start over with --fresh, or choose another --output."
+        )
+
+
 def _same_recipe(recipe: Recipe, output: Path) -> None:
     path = output / "recipe.yaml"
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output {str(output)!r} is a file: choose a folder.")
     if not path.exists():
         if output.exists() and any(output.iterdir()):
             raise RecipeError(f"output {str(output)!r} is not empty and holds no run: choose another folder.")
@@ -246,28 +306,32 @@ def _same_recipe(recipe: Recipe, output: Path) -> None:
         )
 
 
-class Clock(TrainerCallback):
-    """Time in training steps, without validation and saving, summed over interruptions."""
+class Clock(TrainerCallback, ExportableState):
+    """Time in training steps, without validation and saving, summed over interruptions: Trainer keeps `state()` in each
+    checkpoint's trainer_state.json, so that time and weights are always those of the same step."""
 
-    def __init__(self, output: Path):
-        self.path = output / "clock.json"
+    def __init__(self, checkpoint: Path | None):
+        state = {} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
+        before = state.get("stateful_callbacks", {}).get("Clock", {}).get("attributes", {})
+        self.seconds: float = before.get("seconds", 0.0)
+        self.median: float = before.get("median", 0.0)  # of this process's steps, or of the last one's if it made none
         self.steps: list[float] = []
-        self.before = json.loads(self.path.read_text())["seconds"] if self.path.exists() else 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault("Clock", {})  # Trainer updates it, but a checkpoint may come without
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(time.perf_counter() - self.start)
+        self.seconds += self.steps[-1]
 
-    def on_save(self, args, state, control, **kwargs):
-        _write_json(self.path, {"seconds": self.seconds()})
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds, "median": self.step_seconds()}}
 
-    def seconds(self) -> float:
-        return self.before + sum(self.steps)
-
-    def tokens_per_second(self, tokens_per_step: float) -> float:
-        return tokens_per_step / float(np.median(self.steps)) if self.steps else float("nan")
+    def step_seconds(self) -> float:
+        return float(np.median(self.steps)) if self.steps else self.median
 
 
 class _StepCallback(TrainerCallback):
@@ -288,15 +352,12 @@ class _StepCallback(TrainerCallback):
 class _BarCallback(TrainerCallback):
     """A progress bar with the loss and the time left."""
 
-    def __init__(self, console: Console, recipe: Recipe, name: str):
-        from ..report.terminal import training_progress
-
-        self.progress = training_progress(console)
-        self.task = self.progress.add_task(f"{name}: R = {recipe.num_loops}", total=recipe.steps, loss="")
+    def __init__(self, progress: Progress, recipe: Recipe, name: str):
+        self.progress = progress
+        self.task = self.progress.add_task(f"{escape(name)}: R = {recipe.num_loops}", total=recipe.steps, loss="")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress.update(self.task, completed=state.global_step)
-        self.progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(self.task, completed=state.global_step)
@@ -304,9 +365,6 @@ class _BarCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.progress.update(self.task, loss=f"loss {logs['loss']:.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.stop()
 
 
 def _has_tensorboard() -> bool:
