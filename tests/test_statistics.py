@@ -49,6 +49,27 @@ def test_pairing_removes_what_documents_have_in_common():
     assert two.high > one.low
 
 
+def test_weights_of_every_document_of_every_seed():
+    """Against the product laid out."""
+    weights = resample_weights(7, 3, rng())
+    laid_out = weights.by_seed[:, :, None] * weights.by_document.astype(int)[:, None, :]
+    assert laid_out.shape == (10_000, 3, 7)
+    assert (laid_out.sum((1, 2)) == 21).all()
+    values = rng().normal(size=(3, 7))
+    np.testing.assert_allclose(weights.sums(values), (laid_out * values).sum((1, 2)))
+
+
+def test_many_documents_take_little_memory():
+    import tracemalloc
+
+    nll = np.ones((3, 2000))
+    tracemalloc.start()
+    bits_per_byte(nll, np.full(2000, 10), resample_weights(2000, 3, rng()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6  # laid out: 480 MB
+
+
 def test_seeds_widen_the_interval():
     sizes = np.full(40, 100)
     nll = np.repeat(np.array([[1.9], [2.0], [2.1]]), 40, axis=1) * sizes * math.log(2)

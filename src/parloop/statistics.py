@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 RESAMPLES = 10_000
+CHUNK = 500  # resamples at once
 
 
 @dataclass
@@ -21,15 +22,30 @@ class Interval:
         return [self.value, self.low, self.high]
 
 
-def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each (seed, document) counts in each resample, [RESAMPLES, seeds, documents].
+@dataclass
+class Resamples:
+    """How often each seed and each document counts in each resample: [resamples, seeds] and [resamples, documents]. A document
+    of a seed counts as often as the product says, which is never laid out: it would take gigabytes."""
 
-    Documents are drawn with replacement, and so are seeds if there are several: the interval then covers the luck of
-    training too, not only that of the documents.
-    """
-    by_document = rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
-    return by_seed[:, :, None] * by_document[:, None, :]
+    by_seed: np.ndarray
+    by_document: np.ndarray
+
+    def __getitem__(self, some: slice) -> "Resamples":
+        return Resamples(self.by_seed[some], self.by_document[some])
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Of values [seeds, documents], weighted: [resamples]."""
+        by_seed = [self.by_document[i : i + CHUNK].astype(float) @ values.T for i in range(0, len(self.by_document), CHUNK)]
+        return (self.by_seed * np.concatenate(by_seed)).sum(1)
+
+
+def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> Resamples:
+    """Documents are drawn with replacement, and so are seeds if there are several: the interval then covers the luck of
+    training too, not only that of the documents."""
+    share = np.full(documents, 1 / documents)
+    kind = np.min_scalar_type(documents)
+    chunks = [rng.multinomial(documents, share, size=CHUNK).astype(kind) for _ in range(RESAMPLES // CHUNK)]
+    return Resamples(rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES), np.concatenate(chunks))
 
 
 def bootstrap_mean(values: np.ndarray) -> Interval:
@@ -43,15 +59,15 @@ def bootstrap_mean(values: np.ndarray) -> Interval:
 @lru_cache(maxsize=4)
 def _resamples_of(n: int) -> np.ndarray:
     """Weights [RESAMPLES, n] of a bootstrapped mean, the same ones for every mean of n values."""
-    return resample_weights(n, 1, np.random.default_rng(0))[:, 0] / n
+    return resample_weights(n, 1, np.random.default_rng(0)).by_document / n
 
 
-def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: np.ndarray) -> Interval:
+def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
     """Of nll [seeds, documents] in nats over byte_counts [documents]."""
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
 
-def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: np.ndarray) -> Interval:
+def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
     """nll minus other, in bits per byte, on the same documents and seeds."""
     return bits_per_byte(nll - other, byte_counts, weights)
 
@@ -61,7 +77,7 @@ def _ratio(nll, byte_counts) -> float:
 
 
 def _resampled(nll, byte_counts, weights) -> np.ndarray:
-    return (weights * nll).sum((1, 2)) / math.log(2) / (weights * byte_counts).sum((1, 2))
+    return weights.sums(nll) / math.log(2) / weights.sums(np.broadcast_to(byte_counts, nll.shape))
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

@@ -1,10 +1,12 @@
 """Recipes: YAML, overrides, and errors that name the field, the value and the remedy."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from parloop.train import Recipe, RecipeError
+from parloop.train.recipe import ALLOWED, BOUNDS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -41,6 +43,23 @@ def test_yaml_numbers_written_in_exponents(tmp_path):
         ("num_key_value_heads: 3", "num_key_value_heads=3 must be a positive divisor"),
         ("window_tokens: -1", r"plt_window_size=\[-1, 0\]"),
         ("gradient_accumulation: 3", "gradient_accumulation=3 must divide batch_size"),
+        ("num_attention_heads: 0", "num_attention_heads=0 must be at least 1"),
+        ("warmup_share: 5", "warmup_share=5.0 must be from 0 to 1: share of the steps"),
+        ("warmup_share: -0.1", "warmup_share=-0.1 must be from 0 to 1"),
+        ("learning_rate: 0", "learning_rate=0.0 must be above 0: peak"),
+        ("learning_rate: .inf", "learning_rate=inf must be a finite number"),
+        ("emb_scale: .nan", "emb_scale=nan must be a finite number"),
+        ("tokens: .inf", "tokens=inf must be of type int"),
+        ("weight_decay: -1", "weight_decay=-1.0 must be at least 0"),
+        ("adam_beta2: 1", "adam_beta2=1.0 must be at least 0 and below 1"),
+        ("validation_share: 0", "validation_share=0.0 must be above 0 and below 1"),
+        ("eval_every: -1", "eval_every=-1 must be at least 0"),
+        ("keep_checkpoints: 0", "keep_checkpoints=0 must be at least 1"),
+        ("seed: -1", "seed=-1 must be from 0 to 4294967295"),
+        ("vocab_size: 100", "vocab_size=100 must be at least 259"),
+        ("initializer_range: 0", "initializer_range=0.0 must be above 0"),
+        ("attention: fast", "attention='fast' is unknown: use one of sdpa, eager, flex_attention"),
+        ("attention: flash_attention_2", "attention='flash_attention_2' .* a single row.*: use sdpa or flex_attention"),
         ("- a list", "must be a mapping"),
         ("{", "is not valid YAML"),
     ],
@@ -68,3 +87,10 @@ def test_scales_follow_from_the_initialisation():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
     assert Recipe.load(path).steps > 100
+
+
+def test_bounds_name_fields():
+    names = [name for group in BOUNDS.values() for name in group]
+    assert len(names) == len(set(names))
+    assert set(names) < {f.name for f in fields(Recipe)}
+    assert BOUNDS.keys() == ALLOWED.keys()

@@ -72,7 +72,7 @@ def loss_curves(results: dict[str, Any]) -> Figure:
         final = [curve[-1][1] for row in results["rows"] for curve in row["validation_curves"] if curve]
         if final:
             axes.set_ylim(min(final) - 0.1, max(final) + 2.0)
-        axes.legend(title="validation; thin: training")
+            axes.legend(title="validation; thin: training")
     return figure
 
 
@@ -90,7 +90,7 @@ def loss_against_loops(results: dict[str, Any]) -> Figure:
             for r, value in enumerate(row["bits_per_byte_after_loop"][:-1], 1):
                 label = None if r in shown else f"read out after loop {r}"
                 shown.add(r)
-                top.plot(row["loops"], value, color=COLORS[r - 1], marker=MARKERS[r], linestyle="", label=label)
+                top.plot(row["loops"], value, color=look(r)["color"], marker=look(r + 1)["marker"], linestyle="", label=label)
         top.set_ylabel("held-out loss (bits per byte)")
         top.legend()
         middle, low, high = np.array([row["difference_to_base"] for row in rows]).T

@@ -27,8 +27,12 @@ def write_study_report(results: dict[str, Any], folder: Path) -> Path:
     for name, (_, figure) in drawn.items():
         figures.save_png(figure, folder / f"{name}.png")
     records = labelled(results["diagnoses"])
+    headline, _, evidence = results["verdict"].partition(". ")
     page = PAGES.get_template("study.html").render(
         results=results,
+        folder=folder,
+        headline=headline,
+        evidence=evidence,
         figures={name: (title, Markup(figures.svg(figure))) for name, (title, figure) in drawn.items()},
         settings=json.dumps(results["recipe"], indent=1),
         lens_figures=_lens_drawings(records, folder),

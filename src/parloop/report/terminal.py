@@ -4,6 +4,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -96,7 +97,7 @@ def study_tables(results: dict[str, Any]) -> list[Table]:
 def diagnosis_table(record: dict[str, Any]) -> Table:
     """One checkpoint's lenses, a column per loop, with 95% intervals."""
     loops = record["diagnosis"]["loops"]
-    table = Table(title=f"{record['checkpoint']}: what each loop adds and costs", title_justify="left")
+    table = Table(title=f"{escape(record['checkpoint'])}: what each loop adds and costs", title_justify="left")
     table.add_column("lens (unit)")
     for loop in range(1, loops + 1):
         table.add_column(f"loop {loop}", justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def run_study(
     with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
         costs = measure(output, runs, recipe, loops)
     diagnoses = [diagnosis_of(output / run["name"], recipe, console) for run in runs if run["seed"] == recipe.seed]
-    results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or " ".join(["parloop", *sys.argv[1:]]))
+    results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or shlex.join(["parloop", *sys.argv[1:]]))
     results["diagnoses"] = diagnoses
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=1))
@@ -233,9 +234,14 @@ def environment() -> dict[str, Any]:
 def verdict(
     rows: list[dict[str, Any]], base: int, best: int, chosen: int, match: str, seeds: int, to_base: dict[int, Interval]
 ) -> str:
-    """One plain paragraph: the choice, its evidence, its limits."""
+    """One plain paragraph: the choice as its first sentence, its evidence, its limits."""
     by_loops = {row["loops"]: row for row in rows}
     row = by_loops[chosen]
+    if len(rows) == 1:
+        return (
+            f"Nothing was compared. R = {chosen} is the only loop count of this study; it has {row['bits_per_byte'][0]:.3f} bits "
+            f"per byte. To find out which count pays, name several, for instance --loops 1 2 3."
+        )
     matched = "the same training tokens" if match == "tokens" else "the same training compute"
     text = f"Take R = {chosen}. "
     if chosen != best:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,7 @@ class Recipe:
     seed: int = _(0, "seed of the initial weights and of the data order")
     precision: str = _("auto", "float32, bfloat16, or auto: bfloat16 on GPUs that have it, else float32")
     device: str = _("auto", "auto, cpu or cuda")
-    attention: str = _("sdpa", "attention backend: sdpa, eager, flex_attention, flash_attention_2")
+    attention: str = _("sdpa", "attention backend: sdpa, eager, flex_attention")
     gradient_checkpointing: bool = _(False, "recompute layers in the backward pass, to save memory")
     compile: bool = _(False, "torch.compile the model")
     log_every: int = _(10, "steps between two points of the loss curve")
@@ -87,9 +89,18 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             setattr(self, f.name, _typed(f, getattr(self, f.name)))
-        for name in ("tokens", "batch_size", "gradient_accumulation", "length", "log_every", "save_every", "num_loops"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name}={getattr(self, name)} must be at least 1.")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{f.name}={value} must be a finite number: {f.metadata['doc']}.")
+            for allowed, names in BOUNDS.items():
+                if f.name in names and not ALLOWED[allowed](value):
+                    raise RecipeError(f"{f.name}={value} must be {allowed}: {f.metadata['doc']}.")
+        if self.attention.startswith("flash_attention"):
+            raise RecipeError(
+                f"attention={self.attention!r} is told document borders only for a single row, and the rows of a batch are packed "
+                f"with several documents: use sdpa or flex_attention."
+            )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise RecipeError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}.")
@@ -177,7 +188,32 @@ class Recipe:
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
+ALLOWED: dict[str, Callable[[float], bool]] = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "at least 259 (256 bytes and 3 special tokens)": lambda x: x >= 259,
+    "above 0": lambda x: x > 0,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "above 0 and below 1": lambda x: 0 < x < 1,
+    "from 0 to 4294967295": lambda x: 0 <= x < 2**32,  # what numpy takes
+}
+BOUNDS = {
+    "at least 1": (
+        "length", "max_file_bytes", "num_loops", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "tokens", "batch_size", "gradient_accumulation", "log_every", "eval_rows", "save_every",
+        "keep_checkpoints",
+    ),
+    "at least 0": ("max_bytes", "weight_decay", "eval_every"),
+    "at least 259 (256 bytes and 3 special tokens)": ("vocab_size",),
+    "above 0": ("rope_theta", "initializer_range", "learning_rate", "adam_epsilon", "max_grad_norm"),
+    "from 0 to 1": ("min_learning_rate_share", "warmup_share"),
+    "at least 0 and below 1": ("adam_beta1", "adam_beta2"),
+    "above 0 and below 1": ("validation_share",),
+    "from 0 to 4294967295": ("seed",),
+}  # fmt: skip
 CHOICES = {
+    "attention": ("sdpa", "eager", "flex_attention"),
     "gate": ("hidden", "query"),
     "precision": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
@@ -210,6 +246,6 @@ def _typed(f: dataclasses.Field, value: Any) -> Any:
             return float(value)
         if origin is str and isinstance(value, str):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise RecipeError(f"{f.name}={value!r} must be of type {getattr(origin, '__name__', origin)}: {f.metadata['doc']}.")
