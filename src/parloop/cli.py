@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import runpy
+import shlex
 import sys
 import types
 import typing
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
+from rich.markup import escape
 
 from . import __version__
 from .bench import BenchError
@@ -78,6 +80,7 @@ def train(
         f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
         f"model: {folder}\nnext:  parloop generate {folder} 'def '",
         highlight=False,
+        markup=False,
     )
 
 
@@ -122,8 +125,12 @@ def study(
     from .study import run_study
 
     changes = {name: value for name, value in vars(overrides).items() if value is not None}
+    if "num_loops" in changes:
+        n = changes["num_loops"]
+        raise RecipeError(f"a study compares loop counts, so --num-loops {n} says nothing to it: use --loops {n}, or several counts.")
     if source is not None:
         changes["source"] = source
+    source = changes.get("source")
     recipe = Recipe.load(preset, **changes)
     folder = output or study_folder(preset, match, source)
     console = _console()
@@ -131,8 +138,9 @@ def study(
     page = write_study_report(results, folder)
     for table in study_tables(results):
         console.print(table)
-    console.print(f"\n[bold]Take R = {results['chosen']}.[/] {results['verdict'].partition('. ')[2]}", highlight=False)
-    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    headline, _, evidence = results["verdict"].partition(". ")
+    console.print(f"\n[bold]{escape(headline)}.[/] {escape(evidence)}", highlight=False)
+    console.print(f"\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def study_folder(preset: str, match: str, source: str | None) -> Path:
@@ -158,7 +166,7 @@ def generate(
 ) -> None:
     """Stream text from a checkpoint.
 
-    Example: parloop generate runs/study/r2-seed0 "def fibonacci(n):" --loops 1
+    Example: parloop generate runs/study-quick/r2-seed0 "def fibonacci(n):" --loops 1
 
     Parameters
     ----------
@@ -246,13 +254,14 @@ def diagnose(
     }  # fmt: skip
     records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
     folder = output or Path("runs", "diagnose-" + "-".join(Path(checkpoint).name for checkpoint in checkpoints)[:80])
-    command = " ".join(["parloop", *sys.argv[1:]])
+    command = shlex.join(["parloop", *sys.argv[1:]])
     save_results(records, folder, command)
     page = write_diagnosis_report(records, folder, command)
     for record in records:
         console.print(diagnosis_table(record))
-        console.print(f"[bold]{record['verdict']['headline']}[/] {record['verdict']['sureness']}\n", highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        verdict = record["verdict"]
+        console.print(f"[bold]{escape(verdict['headline'])}[/] {escape(verdict['sureness'])}\n", highlight=False)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command
@@ -342,10 +351,10 @@ def bench(
     for table in bench_tables(results):
         console.print(table)
     console.print(bench_legend(results), highlight=False)
-    console.print(f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, soft_wrap=True)
+    console.print(f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command(help_flags=[])
+@app.command
 def run(
     module: Annotated[str, Parameter(name=["-m", "--module"])],
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -362,6 +371,7 @@ def run(
         Its arguments.
     """
     sys.argv = [module, *arguments]
+    sys.path.insert(0, os.getcwd())  # as python -m does
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -371,15 +381,23 @@ def _console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=100)
 
 
+def passed_through(tokens: list[str]) -> list[str]:
+    """Of `parloop run`, with a -- after the module: what follows is the module's, even if it looks like an option of ours."""
+    if tokens[:1] != ["run"] or len(tokens) < 2:
+        return tokens
+    place = 3 if tokens[1] in ("-m", "--module") else 2
+    return tokens if tokens[1] in app.help_flags else [*tokens[:place], "--", *tokens[place:]]
+
+
 def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours say what is going on
     console = Console(stderr=True)
     try:
-        app()
+        app(passed_through(sys.argv[1:]))
     except (BenchError, SourceError, RecipeError, CheckpointError, DiagnosisError, TrainingDivergedError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted. Run the same command again to continue.")

@@ -1,5 +1,6 @@
 """Loading a checkpoint, and streaming text from it to the terminal."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from safetensors import SafetensorError
+
 from .model.configuration import PLTConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class CheckpointError(ValueError):
@@ -20,10 +25,7 @@ def load_config(checkpoint: str | Path) -> PLTConfig:
     Raises:
         CheckpointError: there is none, or it is another architecture.
     """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
+    config = load_part(AutoConfig, checkpoint, "config.json")
     if not isinstance(config, PLTConfig):
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} has model_type {config.model_type!r}, not {PLTConfig.model_type!r}: not a PLT."
@@ -40,13 +42,43 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
         dtype: auto (as saved), float32, bfloat16 or float16.
 
     Raises:
-        CheckpointError: there is none, or it is another architecture.
+        CheckpointError: there is none, it is another architecture, or there is no such device or dtype.
     """
-    load_config(checkpoint)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
+        raise CheckpointError(f"device={device!r} is not there ({_first_line(error)}): use cpu or auto.") from error
+    load_config(checkpoint)
+    model = load_part(AutoModelForCausalLM, checkpoint, "weights (model.safetensors)", dtype=dtype)
     return model.to(device).eval()
+
+
+def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> Any:
+    """`kind.from_pretrained(checkpoint)`, with errors that say what is missing."""
+    folder = Path(checkpoint)
+    elsewhere = "give the folder of a finished run, for instance runs/study-quick/r2-seed0, or OWNER/NAME of the Hub"
+    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or ".." in folder.parts):
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder; {elsewhere}.")
+    try:
+        return kind.from_pretrained(checkpoint, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if folder.is_dir():
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} cannot be loaded: the folder has no usable {part} ({_first_line(error)}). If a run "
+                f"was interrupted there, finish it; else {elsewhere}."
+            ) from error
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub gave no {part} of that name "
+            f"({_first_line(error)}); {elsewhere}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def stream(
@@ -60,10 +92,26 @@ def stream(
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
-    """Print the prompt and its continuation, token by token."""
-    model, tokenizer = load_model(checkpoint, device, dtype), AutoTokenizer.from_pretrained(checkpoint)
+    """Print the prompt and its continuation, token by token.
+
+    Raises:
+        CheckpointError: as `load_model`; also for options out of their bounds and prompts that are too long or empty.
+    """
+    for name, value, allowed, what in (
+        ("loops", loops, loops is None or loops >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0; 0 takes the likeliest token"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 samples among all tokens"),
+        ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
+    ):
+        if not allowed:
+            raise CheckpointError(f"{name}={value} must be {what}.")
+    model = load_model(checkpoint, device, dtype)
+    tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].shape[1]:
+        raise CheckpointError("the prompt is empty, and this tokenizer begins texts with no token of its own: give a prompt.")
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ class Corpus:
 
     def print_summary(self, console: Console) -> None:
         s = self.summary
-        table = Table(title=f"corpus: {s['source']}", title_justify="left", show_header=True)
+        table = Table(title=f"corpus: {escape(s['source'])}", title_justify="left", show_header=True)
         for column in ("", "documents", "MB", "tokens", "bytes per token"):
             table.add_column(column, justify="left" if not column else "right")
         for split in ("train", "validation"):
@@ -87,7 +88,7 @@ class Corpus:
             table.add_row(split, f"{part['documents']:,}", mb, f"{part['tokens']:,}", f"{ratio:.2f}")
         console.print(table)
         left_out = ", ".join(f"{n:,} {reason}" for reason, n in s["left_out"].items()) or "nothing"
-        console.print(f"left out: {left_out}. Names: {self.folder / 'summary.json'}")
+        console.print(f"left out: {left_out}. Names: {self.folder / 'summary.json'}", markup=False)
 
 
 def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Console | None = None) -> Corpus:

@@ -62,17 +62,18 @@ def loss_curves(results: dict[str, Any]) -> Figure:
                 steps, losses = np.array(curve).T
                 width = max(1, len(losses) // 40)
                 smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
-                axes.plot(steps * per_step / 1e6, smooth, color=style["color"], alpha=0.45, linewidth=1)
+                label = f"R = {row['loops']}" if i == 0 else None
+                thin = {"color": style["color"], "alpha": 0.45, "linewidth": 1, "label": None if validation else label}
+                axes.plot(steps * per_step / 1e6, smooth, **thin)
                 if validation:
                     steps, losses = np.array(validation).T
-                    label = f"R = {row['loops']}" if i == 0 else None
                     axes.plot(steps * per_step / 1e6, losses, label=label, markersize=4, **style)
         axes.set_xlabel("training tokens (millions)")
         axes.set_ylabel("loss (nats per token)")
         final = [curve[-1][1] for row in results["rows"] for curve in row["validation_curves"] if curve]
         if final:
             axes.set_ylim(min(final) - 0.1, max(final) + 2.0)
-            axes.legend(title="validation; thin: training")
+        axes.legend(title="validation; thin: training" if final else "training")
     return figure
 
 
