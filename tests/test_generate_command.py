@@ -40,7 +40,9 @@ def test_options_out_of_bounds(checkpoint, options, message):
         stream(str(checkpoint), "def", **options)
 
 
-@pytest.mark.parametrize(("missing", "part"), [("tokenizer*", "tokenizer"), ("model*", "weights"), ("config.json", "config")])
+@pytest.mark.parametrize(
+    ("missing", "part"), [("tokenizer*", "tokenizer"), ("model*", "weights"), ("config.json", "config")]
+)
 def test_incomplete_folders(checkpoint, tmp_path, missing, part):
     import shutil
 

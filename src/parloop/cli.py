@@ -127,7 +127,9 @@ def study(
     changes = {name: value for name, value in vars(overrides).items() if value is not None}
     if "num_loops" in changes:
         n = changes["num_loops"]
-        raise RecipeError(f"a study compares loop counts, so --num-loops {n} says nothing to it: use --loops {n}, or several counts.")
+        raise RecipeError(
+            f"a study compares loop counts, so --num-loops {n} says nothing to it: use --loops {n}, or several counts."
+        )
     if source is not None:
         changes["source"] = source
     source = changes.get("source")
@@ -351,7 +353,9 @@ def bench(
     for table in bench_tables(results):
         console.print(table)
     console.print(bench_legend(results), highlight=False)
-    console.print(f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 @app.command

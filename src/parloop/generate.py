@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
-
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .model.configuration import PLTConfig
 
@@ -111,7 +110,9 @@ def stream(
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].shape[1]:
-        raise CheckpointError("the prompt is empty, and this tokenizer begins texts with no token of its own: give a prompt.")
+        raise CheckpointError(
+            "the prompt is empty, and this tokenizer begins texts with no token of its own: give a prompt."
+        )
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:
         raise CheckpointError(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from parloop.corpus import CorpusSettings, SourceError, collate, load_corpus, pack, train_tokenizer
+from parloop.corpus import CorpusSettings, SourceError, collate, load_corpus, pack, text_ids, train_tokenizer
+from parloop.corpus.samples import draw_samples
 from parloop.corpus.sources import read
 
 QUIET = Console(quiet=True)
@@ -196,8 +197,90 @@ def test_a_column_that_is_not_there(tmp_path):
 
 def test_broken_jsonl(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{not json\n")
-    with pytest.raises(SourceError, match="cannot be read as json"):
+    with pytest.raises(SourceError, match="Left out: 1 not JSON"):
         load_corpus(settings(tmp_path / "rows.jsonl"), tmp_path / "cache", QUIET)
+
+
+def test_a_broken_row_and_broken_files_are_left_out(tmp_path):
+    from datasets import Dataset
+
+    rows = ['{"text": "one"}', "{not json", '{"other": 1}', "[1]", "", '{"text": "\\ud800"}', '{"text": "two"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "b.jsonl").write_text("")
+    items = list(read(f"{tmp_path}/*.jsonl", (), "text", 10**6))
+    assert [text for _, text, _ in items if text] == ["one", "two"]
+    lines = {name.removeprefix(f"{tmp_path}/"): reason for name, text, reason in items if text is None}
+    assert lines == {
+        "a.jsonl, line 2": "not JSON",
+        "a.jsonl, line 3": "not text",
+        "a.jsonl, line 4": "not a row with columns",
+        "a.jsonl, line 6": "not UTF-8",
+        "b.jsonl": "empty",
+    }
+    Dataset.from_dict({"text": ["three"]}).to_parquet(str(tmp_path / "c.parquet"))
+    (tmp_path / "d.parquet").write_bytes(b"")
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 and no more")
+    items = list(read(f"{tmp_path}/*.parquet", (), "text", 10**6))
+    assert [(text, reason) for _, text, reason in items] == [
+        ("three", ""),
+        (None, "empty"),
+        (None, "unreadable as parquet"),
+    ]
+
+
+def test_special_tokens_written_in_a_text_are_text(tmp_path):
+    folder = write_sources(tmp_path / "src", 40)
+    for i, path in enumerate(folder.rglob("*.py")):
+        path.write_text(path.read_text() + f"EOS, BOS, PAD = '<|eos|>', '<|bos|>', '<|pad|>'  # {i}\n")
+    corpus = load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    ids = np.concatenate([row["input_ids"] for row in corpus.train])
+    assert 0 < (ids == corpus.tokenizer.eos_token_id).sum() <= corpus.summary["train"]["documents"]
+    assert not (ids == corpus.tokenizer.pad_token_id).any()
+    assert text_ids(corpus.tokenizer, "<|eos|>") != [2]
+    assert corpus.tokenizer("<|eos|>")["input_ids"] == [1, 2]  # prompts may still use them
+    samples = draw_samples(settings(folder), corpus.tokenizer, 2000, 8, held_out=False)
+    assert not any({0, 2} & set(sample.ids) for sample in samples)
+
+
+def test_the_digest_is_that_of_the_documents(tmp_path):
+    folder = write_sources(tmp_path / "src", 40)
+    one = load_corpus(settings(folder), tmp_path / "cache", QUIET)
+    other_rows = load_corpus(settings(folder, length=16), tmp_path / "cache", QUIET)
+    assert one.summary["digest"] == other_rows.summary["digest"]
+    (folder / "package_0" / "module_0.py").write_text("changed = True\n")
+    assert load_corpus(settings(folder), tmp_path / "cache", QUIET).summary["digest"] != one.summary["digest"]
+
+
+def test_the_key_notices_what_links_lead_to_and_the_tokenizer(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "target.py").write_text("x = 1\n")
+    (tmp_path / "src" / "link.py").symlink_to(tmp_path / "target.py")
+    before = settings(tmp_path / "src").key()
+    (tmp_path / "target.py").write_text("x = 100\n")
+    assert settings(tmp_path / "src").key() != before
+    keys = set()
+    for size in (262, 266):
+        train_tokenizer(["def f(x):\n\treturn x + 100\n", "for name in range(10)"] * 5, size).save_pretrained(
+            tmp_path / "tokenizer"
+        )
+        keys.add(settings(tmp_path / "src", tokenizer=str(tmp_path / "tokenizer")).key())
+    assert len(keys) == 2
+
+
+def test_a_tokenizer_that_cannot_be_used(tmp_path):
+    folder = write_sources(tmp_path / "src", 40)
+    with pytest.raises(SourceError, match=r"tokenizer '.*nothing' cannot be loaded .*or none, and one is trained"):
+        load_corpus(settings(folder, tokenizer=str(tmp_path / "nothing")), tmp_path / "cache", QUIET)
+
+
+def test_extensions_without_their_dot():
+    assert settings("stdlib", extensions=("py", ".md", "*.txt", "")).extensions == (".py", ".md", ".txt", "")
+
+
+def test_a_folder_of_tables_names_the_glob(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(SourceError, match=r"for the tables in this folder, give a glob as the source: '.*\*\*/\*.jsonl'"):
+        load_corpus(settings(tmp_path), tmp_path / "cache", QUIET)
 
 
 def test_a_folder_of_pictures(tmp_path):

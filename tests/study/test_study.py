@@ -1,10 +1,13 @@
 """The study from end to end at tiny size: runs, resumption, results, report, terminal, command line."""
 
+import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -12,6 +15,8 @@ from rich.console import Console
 from test_corpus import write_sources
 
 from parloop.model.flops import forward_flops_per_token, training_flops_per_token
+from parloop.report import figures
+from parloop.report.lens_figures import CAPTIONS
 from parloop.report.page import write_study_report
 from parloop.report.terminal import study_tables
 from parloop.study import run_study
@@ -149,14 +154,54 @@ def test_the_report_is_one_file_that_fetches_nothing(study):
     parser.feed(html)
     assert parser.fetched == []
     assert "@import" not in html
-    assert parser.svgs == 3
+    assert parser.svgs == 3 + len(CAPTIONS)
     text = " ".join(parser.text)
     assert f"Take R = {results['chosen']}." in text
     for row in results["rows"]:
         assert f"{row['bits_per_byte'][0]:.3f}" in text
-    assert {path.name for path in folder.glob("*.png")} == {"loss.png", "curves.png", "cost.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"loss.png", "curves.png", "cost.png"} | {
+        f"lenses-{name}.png" for name in CAPTIONS
+    }
     readme = (folder / "README.md").read_text()
     assert f"parloop generate {folder}/r2-seed0" in readme
+
+
+def test_the_report_says_what_to_type_from_where_it_was_written(study):
+    folder, results = study
+    html = write_study_report(results, folder).read_text()
+    for name in ("r1-seed0", "r2-seed0", "r3-seed0"):
+        assert f"parloop generate {folder}/{name}" in html
+
+
+def test_changed_text_is_not_compared_with_old(recipe, study, tmp_path):
+    """Runs of the old text are not mixed with those of the new one."""
+    source = tmp_path / "source"
+    shutil.copytree(recipe.source, source)
+    small = Recipe(**(vars(recipe) | {"source": str(source), "tokens": 2 * 8 * 32, "eval_every": 0}))
+    run_study(small, tmp_path / "study", loops=[1], console=QUIET)
+    (source / "new.py").write_text("x = 1\n" * 100)
+    with pytest.raises(RecipeError, match=r"has changed since the run in .*r1-seed0"):
+        run_study(small, tmp_path / "study", loops=[1, 2], console=QUIET)
+
+
+def test_one_loop_count_is_no_comparison(recipe, tmp_path):
+    """And without validation while training, no figure complains."""
+    small = Recipe(**(vars(recipe) | {"tokens": 4 * 8 * 32, "eval_every": 0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        results = run_study(small, tmp_path, loops=[2], console=QUIET)
+        html = write_study_report(results, tmp_path).read_text()
+    assert results["verdict"].startswith("Nothing was compared. R = 2 is the only loop count")
+    assert "--loops 1 2 3" in results["verdict"]
+    assert "<strong>Nothing was compared.</strong> R = 2 is" in html
+    assert "no smaller count" not in html
+
+
+def test_figures_of_many_loops(study):
+    results = copy.deepcopy(study[1])
+    results["rows"][-1] |= {"loops": 12, "bits_per_byte_after_loop": [2.0] * 12}
+    figures.plt.close(figures.loss_against_loops(results))
+    figures.plt.close(figures.loss_curves(results))
 
 
 def test_tables_fit_the_terminal(study):

@@ -165,7 +165,7 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(recipe, corpus, tmp_path
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
     train(short, tmp_path / "run", corpus=corpus, console=QUIET)
     other = dataclasses.replace(corpus, summary=corpus.summary | {"digest": "another"})
-    with pytest.raises(RecipeError, match="has changed since the run in .* --fresh, or choose another --output"):
+    with pytest.raises(RecipeError, match=r"has changed since the run in .* --fresh, or choose another --output"):
         train(short, tmp_path / "run", corpus=other, console=QUIET)
     (tmp_path / "run" / "training.json").unlink()
     with pytest.raises(RecipeError, match="has changed"):
@@ -178,7 +178,7 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
     (tmp_path / "thesis.tex").write_text("")
     for output in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(RecipeError, match="holds no run .* --fresh does not delete it"):
+        with pytest.raises(RecipeError, match=r"holds no run .* --fresh does not delete it"):
             train(short, output, corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "run").mkdir()

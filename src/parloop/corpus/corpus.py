@@ -4,7 +4,8 @@
            -> byte-level BPE from the train split -> rows of T tokens
 
 The split depends on nothing but each document's text, so nothing leaks between the two halves and nothing moves between
-runs or machines. Results are cached under a key made of the settings and of the files' names, sizes and times.
+runs or machines. Results are cached under a key made of the settings, of the files' names, sizes and times, and of the content of
+a tokenizer that is given as a folder.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import sources
 from .packing import pack
-from .tokenizer import train_tokenizer
+from .tokenizer import text_ids, train_tokenizer
 
 FORMAT = 2  # raise when what is stored changes
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
@@ -38,6 +39,11 @@ def default_cache() -> Path:
     """`PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
     base = os.environ.get("PARLOOP_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "parloop")
     return Path(base).expanduser()
+
+
+def _extension(given: str) -> str:
+    """py, .py and *.py are all .py; an empty one is that of files without."""
+    return given and "." + given.lstrip("*.")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,13 @@ class CorpusSettings:
     max_bytes: int = 0  # stop after this many bytes of text; 0: everything
     max_file_bytes: int = 1_000_000
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extensions", tuple(_extension(given) for given in self.extensions))
+
     def key(self) -> str:
         content = [FORMAT, asdict(self), sources.fingerprint(self.source)]
+        if self.tokenizer is not None and (file := Path(self.tokenizer, "tokenizer.json")).is_file():
+            content.append(hashlib.sha256(file.read_bytes()).hexdigest())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -202,15 +213,29 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
         f"source {settings.source!r} has too little text: {len(documents['train'])} documents with {train_bytes:,} bytes to "
         f"train on and {len(documents['validation'])} to validate on. Needed are about {need:,} bytes and at least "
         f"{MIN_VALIDATION_DOCUMENTS} validation documents (validation_share={settings.validation_share}). Left out: "
-        f"{left_out}. For other kinds of files, set extensions, for instance --extensions .py .md"
+        f"{left_out}. For other kinds of files, set extensions, for instance --extensions .py .md{_tables(settings.source)}"
     )
+
+
+def _tables(source: str) -> str:
+    """What to do about the tables in a folder, which are not read unless they are asked for."""
+    path = Path(source).expanduser()
+    endings = {file.suffix for file in sources.files_of(source)} & {".jsonl", ".parquet"} if path.is_dir() else set()
+    globs = " or ".join(repr(str(path / "**" / f"*{ending}")) for ending in sorted(endings))
+    return globs and f"; for the tables in this folder, give a glob as the source: {globs}"
 
 
 def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progress: Progress) -> PreTrainedTokenizerBase:
     if settings.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        except (OSError, ValueError) as error:
+            raise sources.SourceError(
+                f"tokenizer {settings.tokenizer!r} cannot be loaded ({error}): give a folder with tokenizer.json, a name of the Hub, "
+                f"or none, and one is trained."
+            ) from error
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise sources.SourceError(
                 f"tokenizer {settings.tokenizer!r} has no bos_token or no eos_token; both mark document borders."
             )
         return tokenizer
@@ -235,7 +260,7 @@ def _store(settings, documents, tokenizer, folder: Path, progress: Progress) -> 
         tokens: list[np.ndarray] = []
         for start in range(0, len(items), 64):
             batch = items[start : start + 64]
-            encoded = tokenizer([item["text"] for item in batch], add_special_tokens=False)["input_ids"]
+            encoded = text_ids(tokenizer, [item["text"] for item in batch])
             tokens += [np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
             progress.advance(task, len(batch))
         if split == "train":

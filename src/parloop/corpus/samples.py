@@ -12,6 +12,7 @@ import torch
 
 from . import sources
 from .corpus import CorpusSettings, is_validation
+from .tokenizer import text_ids
 
 MIN_TOKENS = 16  # a shorter rest of a document is no sample
 
@@ -55,7 +56,7 @@ def draw_samples(settings: CorpusSettings, tokenizer: Any, length: int, samples:
             name, text = documents[digest]
             if digest not in encoded:  # a token has at least a byte, but rarely more than sixteen characters
                 wanted = 16 * length * -(-samples // len(documents))
-                encoded[digest] = bos + tokenizer(text[:wanted], add_special_tokens=False)["input_ids"]
+                encoded[digest] = bos + text_ids(tokenizer, text[:wanted])
             ids = encoded[digest][window * length : (window + 1) * length]
             if len(ids) >= min(MIN_TOKENS, length):
                 start = window * length

@@ -5,9 +5,10 @@ file; what was left out is counted by reason and named in the corpus's summary.
 """
 
 import glob
+import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 Item = tuple[str, str | None, str]  # name, text or None, why there is no text
@@ -78,7 +79,7 @@ def fingerprint(source: str) -> list:
     """What identifies the content of a source: names, sizes and times of its files. Empty for the Hub."""
     if source.startswith(HUB):
         return []
-    stats = [(path, path.lstat()) for path in files_of(source)]
+    stats = [(path, path.stat() if path.exists() else path.lstat()) for path in files_of(source)]  # of what a link leads to
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
@@ -87,16 +88,9 @@ def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_by
     if source.startswith(HUB):
         yield from _read_table(_open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
     elif (table := table_files(source)) is not None:
-        from datasets import load_dataset
-
         loader, files = table
-        try:
-            rows = load_dataset(loader, data_files=[str(path) for path in files], split="train", streaming=True)
-            yield from _read_table(rows, text_column, max_file_bytes)
-        except SourceError:
-            raise
-        except Exception as error:
-            raise SourceError(f"source {source!r} cannot be read as {loader}: {error}") from error
+        for path in files:
+            yield from _read_table_file(path, loader, text_column, max_file_bytes)
     else:
         single = Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
         for path in files_of(source):
@@ -126,20 +120,70 @@ def _read_file(path: Path, max_file_bytes: int) -> Item:
     return (name, text, "") if text.strip() else (name, None, "empty")
 
 
-def _read_table(rows, text_column: str, max_file_bytes: int) -> Iterator[Item]:
+def _read_table_file(path: Path, loader: str, text_column: str, max_file_bytes: int) -> Iterator[Item]:
+    from datasets import load_dataset
+
+    try:
+        if not path.stat().st_size:
+            yield str(path), None, "empty"
+        elif path.suffix == ".jsonl":
+            yield from _read_lines(path, text_column, max_file_bytes)
+        else:
+            rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
+            yield from _read_table(rows, text_column, max_file_bytes, path)
+    except SourceError:
+        raise
+    except Exception:
+        yield str(path), None, f"unreadable as {loader}"
+
+
+def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[Item]:
+    """A .jsonl file. (The loader of `datasets` gives up a whole file for one line.)"""
+    found = False
+    others: set[str] = set()
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            name = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:  # not JSON, or not UTF-8
+                yield name, None, "not JSON"
+                continue
+            if not isinstance(row, dict):
+                yield name, None, "not a row with columns"
+                continue
+            found |= text_column in row
+            others |= row.keys()
+            yield _read_text(row.get(text_column), name, max_file_bytes)
+    if others and not found:
+        raise _no_column(text_column, others, path)
+
+
+def _no_column(text_column: str, columns: Iterable[str], file: Path | None) -> SourceError:
+    where = "" if file is None else f"{file}: "
+    return SourceError(f"{where}there is no column {text_column!r}: choose text_column among {sorted(columns)}.")
+
+
+def _read_table(rows, text_column: str, max_file_bytes: int, file: Path | None = None) -> Iterator[Item]:
     for number, row in enumerate(rows):
         if text_column not in row:
-            raise SourceError(f"there is no column {text_column!r}: choose text_column among {sorted(row)}.")
-        text = row[text_column]
-        name = f"row {number}"
-        if not isinstance(text, str):
-            yield name, None, "not text"
-        elif not text.strip():
-            yield name, None, "empty"
-        elif len(text.encode("utf-8", "surrogatepass")) > max_file_bytes:
-            yield name, None, f"over {max_file_bytes:,} bytes"
-        else:
-            yield name, text, ""
+            raise _no_column(text_column, row, file)
+        name = f"row {number}" if file is None else f"{file}, row {number}"
+        yield _read_text(row[text_column], name, max_file_bytes)
+
+
+def _read_text(text: object, name: str, max_file_bytes: int) -> Item:
+    if not isinstance(text, str):
+        return name, None, "not text"
+    if not text.strip():
+        return name, None, "empty"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return name, None, "not UTF-8"
+    return (name, text, "") if size <= max_file_bytes else (name, None, f"over {max_file_bytes:,} bytes")
 
 
 def _open_hub(name: str):

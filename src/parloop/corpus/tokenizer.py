@@ -1,11 +1,17 @@
 """A byte-level BPE tokenizer, trained on the spot and saved as a standard fast tokenizer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 0, 1, 2
+
+
+def text_ids(tokenizer: Any, text: Any) -> Any:
+    """Token ids of a text, or of each of a list: of the text alone, in which a string like <|eos|> is text and no border."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, length: int | None = None) -> PreTrainedTokenizerFast:

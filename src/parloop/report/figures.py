@@ -91,7 +91,9 @@ def loss_against_loops(results: dict[str, Any]) -> Figure:
             for r, value in enumerate(row["bits_per_byte_after_loop"][:-1], 1):
                 label = None if r in shown else f"read out after loop {r}"
                 shown.add(r)
-                top.plot(row["loops"], value, color=look(r)["color"], marker=look(r + 1)["marker"], linestyle="", label=label)
+                top.plot(
+                    row["loops"], value, color=look(r)["color"], marker=look(r + 1)["marker"], linestyle="", label=label
+                )
         top.set_ylabel("held-out loss (bits per byte)")
         top.legend()
         middle, low, high = np.array([row["difference_to_base"] for row in rows]).T

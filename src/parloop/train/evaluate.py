@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..corpus import text_ids
+
 
 @dataclass
 class Evaluation:
@@ -72,7 +74,7 @@ def evaluate_documents(
     for number, text in enumerate(texts):
         part, whole = cut_text(text, max_chars)
         sizes.append(len(part.encode("utf-8", "replace")))
-        ids = tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids = text_ids(tokenizer, part)
         ids = [tokenizer.bos_token_id, *ids, *([tokenizer.eos_token_id] if whole else [])]
         windows += [(number, ids[start : start + length + 1]) for start in range(0, len(ids) - 1, length)]
     windows.sort(key=lambda window: len(window[1]))  # rows of similar length share a batch

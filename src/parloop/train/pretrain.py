@@ -28,7 +28,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
-from ..corpus import Corpus, collate, load_corpus, pack
+from ..corpus import Corpus, collate, load_corpus, pack, text_ids
 from ..model.modeling import PLTForCausalLM, PLTGate
 from .recipe import Recipe, RecipeError
 
@@ -126,7 +126,9 @@ def train(
         from ..report.terminal import training_progress
 
         bar = training_progress(console)
-    trainer.add_callback(_BarCallback(bar, recipe, output.name) if bar else _StepCallback(on_step))
+        trainer.add_callback(_BarCallback(bar, recipe, output.name))
+    else:
+        trainer.add_callback(_StepCallback(on_step))
 
     if checkpoint is not None:
         console.print(f"continuing {output} from {checkpoint.name}", highlight=False, markup=False)
@@ -218,9 +220,7 @@ def validation_rows(corpus: Corpus, recipe: Recipe) -> Dataset:
     """The first validation documents, packed, for losses during training."""
     tokenizer, tokens = corpus.tokenizer, []
     for text in corpus.validation["text"]:
-        tokens.append(
-            [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        )
+        tokens.append([tokenizer.bos_token_id, *text_ids(tokenizer, text), tokenizer.eos_token_id])
         if sum(map(len, tokens)) > recipe.eval_rows * recipe.length:
             break
     rows = pack([np.asarray(ids, dtype=np.int32) for ids in tokens], recipe.length)

@@ -1,0 +1,107 @@
+"""The command line, in this process: what is shown, passed on and refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from parloop import cli
+from parloop.corpus.corpus import Corpus
+from parloop.report.terminal import training_progress
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["parloop", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    return done.value.code
+
+
+@pytest.mark.parametrize("source", ["no/[a-z]*.py", "no/[/y]", "no/[bold]x", "no/[w, 0]"])
+def test_errors_show_values_as_they_are(monkeypatch, capsys, source):
+    assert run(monkeypatch, "study", source) == 2
+    assert f"source {source!r}" in capsys.readouterr().err
+
+
+def test_brackets_in_names(capsys):
+    part = {"documents": 1, "bytes": 1, "tokens": 1}
+    summary = {"source": "src/[/a-z]*.py", "train": part, "validation": part, "left_out": {"not [.py]": 2}}
+    console = Console(width=100)
+    Corpus(None, None, None, summary, Path("cache[/b]")).print_summary(console)
+    shown = capsys.readouterr().out
+    for text in ("src/[/a-z]*.py", "2 not [.py]", "cache[/b]"):
+        assert text in shown
+
+
+def test_the_study_shows_paths_and_commands_as_they_are(monkeypatch, capsys, tmp_path):
+    results = {"verdict": "Take R = 2. With [w, 0] and [/y].", "chosen": 2}
+    monkeypatch.setattr("parloop.study.run_study", lambda *a, **k: results)
+    monkeypatch.setattr("parloop.report.page.write_study_report", lambda *a: Path("out[/y]/report.html"))
+    monkeypatch.setattr("parloop.report.terminal.study_tables", lambda *a: [])
+    assert run(monkeypatch, "study") == 0
+    shown = capsys.readouterr().out
+    assert "Take R = 2. With [w, 0] and [/y]." in shown
+    assert "report: out[/y]/report.html" in shown
+
+
+def test_the_default_folder_of_a_study_follows_the_source(monkeypatch):
+    folders = []
+
+    def stop(recipe, folder, **_):
+        folders.append((recipe.source, str(folder)))
+        raise cli.RecipeError("stop")
+
+    monkeypatch.setattr("parloop.study.run_study", stop)
+    for arguments in (["src/"], ["--source", "src/"], []):
+        run(monkeypatch, "study", *arguments)
+    assert folders == [("src/", "runs/study-quick-src")] * 2 + [("stdlib", "runs/study-quick")]
+
+
+def test_num_loops_of_a_study(monkeypatch, capsys):
+    assert run(monkeypatch, "study", "--num-loops", "7") == 2
+    assert "use --loops 7" in capsys.readouterr().err
+
+
+def test_the_recorded_command_can_be_pasted(monkeypatch, tmp_path):
+    from parloop.study import study
+
+    kept = []
+    monkeypatch.setattr(sys, "argv", ["parloop", "study", "src/**/*.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(study, "plan", lambda *a: [])
+    monkeypatch.setattr(study, "measure", lambda *a: {})
+    monkeypatch.setattr(study, "summarize", lambda *a: kept.append(a[-1]) or {})
+    monkeypatch.setattr(study, "load_corpus", lambda *a, **k: Corpus(None, None, None, {}, tmp_path))
+    monkeypatch.setattr(Corpus, "print_summary", lambda *a: None)
+    study.run_study(cli.Recipe(), tmp_path, console=Console(quiet=True))
+    assert kept == [f"parloop study 'src/**/*.py' --output {tmp_path}"]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "shows_arguments.py").write_text("import json, sys\nprint(json.dumps([sys.argv[1:], sys.path[0]]))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return "shows_arguments"
+
+
+@pytest.mark.parametrize("given", [["--version"], ["-m", "foo"], ["--help"], ["-h", "--", "x"], ["--a=1", "[b]"], []])
+def test_a_module_gets_its_arguments_untouched(module, monkeypatch, capsys, tmp_path, given):
+    assert run(monkeypatch, "run", "-m", module, *given) == 0
+    assert json.loads(capsys.readouterr().out) == [given, str(tmp_path)]
+
+
+def test_run_has_a_help(monkeypatch, capsys):
+    assert run(monkeypatch, "run", "--help") == 0
+    assert "with PLT registered" in capsys.readouterr().out
+
+
+def test_a_bar_of_a_run_with_brackets_in_its_name():
+    from parloop.train.pretrain import _BarCallback
+
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    with training_progress(console) as progress:
+        _BarCallback(progress, cli.Recipe(), "run[/y]")
+    assert "run[/y]: R = 2" in console.export_text()
