@@ -63,7 +63,8 @@ def test_results_are_complete(measured):
         assert block["context_range"] == ([block["tokens"] + 1, block["tokens"] + 3] if decode else None)
         assert is_spread(block["read_bytes_per_second"])
         labels = [row["label"] for row in block["rows"]]
-        assert labels == ["Llama", "R = 1", "R = 2", "R = 3"] + decode * ["R = 2, pass per loop", "R = 3, pass per loop"]
+        others = ", pass per loop" if decode else ", whole prompt"
+        assert labels == ["Llama", "R = 1", "R = 2", "R = 3", "R = 2" + others, "R = 3" + others]
         for row in block["rows"]:
             for name in ("ms", "over_one_loop", "over_llama", *(("weight_bytes_per_second", "bandwidth_share") * decode)):
                 assert is_spread(row[name]), name

@@ -1,6 +1,7 @@
 """The `parloop` command: one verb, one function, no logic."""
 
 import dataclasses
+import logging
 import os
 import runpy
 import shlex
@@ -394,9 +395,11 @@ def passed_through(tokens: list[str]) -> list[str]:
 
 
 def main() -> None:
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()  # ours say what is going on
+    transformers_logging.disable_progress_bar()  # ours say what is going on
+    for name in ("torchao", "torch.utils._pytree"):  # what torchao says of GPU libraries when anything imports it
+        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(stderr=True)
     try:
         app(passed_through(sys.argv[1:]))

@@ -24,6 +24,7 @@ from ..model.cache import cache_bytes, carry_index, full_index, make_cache, wind
 from ..model.configuration import PLTConfig
 
 PASS_PER_LOOP = "a pass per loop: the scheme of the vendor's server, not their code"
+WHOLE_PROMPT = "a prefill with every loop on every token"
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,21 @@ class Variant:
     llama: bool = False  # transformers' LlamaForCausalLM on the same weights
     one_pass: bool = True  # False: a pass over the weights per loop
     compiled: bool = False  # static cache and torch.compile
+    tail: bool = True  # False: a prefill runs every loop on the whole prompt
 
     @property
     def label(self) -> str:
         name = "Llama" if self.llama else f"R = {self.loops}"
+        name += "" if self.tail else ", whole prompt"
         return name + ("" if self.one_pass else ", pass per loop") + (", compiled" if self.compiled else "")
 
     @property
     def kind(self) -> str:
-        return "transformers' LlamaForCausalLM" if self.llama else "one pass" if self.one_pass else PASS_PER_LOOP
+        if self.llama:
+            return "transformers' LlamaForCausalLM"
+        if not self.tail:
+            return WHOLE_PROMPT
+        return "one pass" if self.one_pass else PASS_PER_LOOP
 
 
 def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Variant]:
@@ -53,7 +60,7 @@ def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Varia
 
 
 def prefill_variants(loops: list[int], llama: bool) -> list[Variant]:
-    return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops]
+    return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops] + [Variant(n, tail=False) for n in loops if n > 1]
 
 
 class Block:
@@ -101,7 +108,8 @@ class Block:
         model = self.models["llama" if variant.llama else "plt"]
         options: dict[str, Any] = {"logits_to_keep": 1}
         if not variant.llama:
-            options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "output_loop_states": False}
+            options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "exact_tail": variant.tail}
+            options["output_loop_states"] = False
         inputs = {"input_ids": ids, "past_key_values": cache, **options}
         if cache.is_compileable:  # as generate() does it: masks are made before, and outside of what is compiled
             positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape[0], -1).contiguous()

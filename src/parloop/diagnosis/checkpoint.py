@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
@@ -83,12 +84,12 @@ def diagnose_checkpoint(
     rows = draw_samples(settings, tokenizer, length, samples, held_out=own)
     if len(rows) < samples:
         console.print(
-            f"source {settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", highlight=False
+            f"source {settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", markup=False
         )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(f"diagnosing {Path(checkpoint).name}", total=len(rows))
+        task = progress.add_task(f"diagnosing {escape(Path(checkpoint).name)}", total=len(rows))
         diagnosis = diagnose(
             model,
             padded_batches(rows, batch_size),

@@ -146,7 +146,7 @@ def bench_figure(results: dict[str, Any]) -> Figure:
 
 
 def _rows(block: dict[str, Any], kind: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Of a block, what ran in this way: "one pass" or "a pass per loop"."""
+    """Of a block, what ran in this way, see `Variant.kind`."""
     return [row for row in block["rows"] if row["kind"].startswith(kind) and row["compiled"] == compiled]
 
 
@@ -187,6 +187,9 @@ def _decode_ratios(axis, blocks: list[dict[str, Any]]) -> None:
 def _prefill_ratios(axis, blocks: list[dict[str, Any]]) -> None:
     for i, block in enumerate(blocks):
         _ratio_line(axis, _rows(block, "one pass"), i, _name(block))
+    for i, block in enumerate(blocks):
+        rows = _rows(block, "one pass")[:1] + _rows(block, "a prefill with every loop")
+        _ratio_line(axis, rows, i, None if i else "every loop on every token (dotted)", linestyle=":", alpha=0.6)
     _ratio_axis(axis, blocks, "prefill")
 
 

@@ -134,7 +134,7 @@ def refinement_shares(diagnoses: Named) -> Figure:
             if len(looped) > 1:
                 axes.set_title(label, fontsize=10)
         grid[0, 0].set_ylabel("share (%)")
-        grid[0, 0].legend()
+        grid[0, -1].legend()  # the most loops: the lowest bars on the right
     return figure
 
 

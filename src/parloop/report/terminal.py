@@ -187,6 +187,7 @@ def bench_legend(results: dict[str, Any]) -> str:
     lines = {
         "R = n": "n loops in one pass over the weights. One copy of the weights serves all lines.",
         "pass per loop": "the scheme of the vendor's server, not their code.",
+        "whole prompt": "all loops on all of it, as without the exact tail.",
         "Llama": "transformers' LlamaForCausalLM of the same shape on the same weights.",
         "compiled": "static cache and torch.compile; compared with R = 1 and Llama compiled as well.",
         "tokens": f"of the prompt; for decode those cached when {settings['steps']} timed steps begin (random values).",
@@ -197,7 +198,7 @@ def bench_legend(results: dict[str, Any]) -> str:
         "peak GB": "most memory held in a run: on a CPU by the process, on a GPU by torch's allocator.",
     }
     labels = " ".join(row["label"] for block in results["blocks"] for row in block["rows"])
-    hidden = {name for name in ("pass per loop", "Llama", "compiled") if name not in labels}
+    hidden = {name for name in ("pass per loop", "whole prompt", "Llama", "compiled") if name not in labels}
     if all(block["phase"] == "prefill" for block in results["blocks"]):
         hidden |= {"weights GB/s", "of read"}
     return "\n".join(f"{name + ':':15}{text}" for name, text in lines.items() if name not in hidden)

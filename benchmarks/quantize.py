@@ -1,0 +1,110 @@
+"""What int8 and int4 weights cost in loss and give in decoding time (torchao, weight-only; gates, norms and embeddings as they are).
+
+    python benchmarks/quantize.py loss runs/study-quick/r2-seed0     # bits per byte on held-out text
+    python benchmarks/quantize.py time --shape 600m                  # decode, interleaved with bfloat16
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+from parloop import make_cache
+from parloop.bench.models import SHAPES, config_of, random_model
+from parloop.corpus import load_corpus
+from parloop.train import Recipe, evaluate_documents
+
+WAYS: dict[str, Any] = {
+    "bfloat16": None,
+    "int8": Int8WeightOnlyConfig(),
+    "int4": Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
+}
+
+
+def load(checkpoint: str, way: str) -> Any:
+    options = {} if WAYS[way] is None else {"quantization_config": TorchAoConfig(WAYS[way])}
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, **options).eval()
+
+
+def loss(checkpoint: str, console: Console) -> None:
+    recipe = Recipe.load(Path(checkpoint, "recipe.yaml"))
+    corpus = load_corpus(recipe.corpus_settings(), console=console)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = list(corpus.validation["text"])
+    base = None
+    for way in WAYS:
+        try:
+            model = load(checkpoint, way)
+            bits = evaluate_documents(model, tokenizer, texts, recipe.length, max_chars=3000).bits_per_byte[-1]
+        except Exception as error:
+            console.print(f"{way}: {type(error).__name__}: {str(error)[:300]}", markup=False)
+            continue
+        base = base or bits
+        console.print(f"{way}: {bits:.4f} bits per byte ({bits - base:+.4f})", highlight=False)
+
+
+@torch.no_grad()
+def decode_ms(model: Any, loops: int, steps: int) -> float:
+    ids = torch.full((1, 64), 5)
+    cache = make_cache(model.config, loops)
+    options = {"past_key_values": cache, "num_loops": loops, "logits_to_keep": 1, "output_loop_states": False}
+    model(ids, **options)
+    model(ids[:, :1], **options)
+    start = time.perf_counter()
+    for _ in range(steps):
+        model(ids[:, :1], **options)
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def times(shape: str, console: Console, rounds: int, steps: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(config_of(None, shape, 2), torch.bfloat16, torch.device("cpu")).save_pretrained(folder)
+        models = {}
+        for way in WAYS:
+            try:
+                models[way] = load(folder, way)
+                decode_ms(models[way], 1, 1)
+            except Exception as error:
+                models.pop(way, None)
+                console.print(f"{way}: {type(error).__name__}: {str(error)[:300]}", markup=False)
+    measured: dict[tuple[str, int], list[float]] = {(way, R): [] for way in models for R in (1, 2)}
+    for round_ in range(rounds + 1):
+        for way, R in measured:
+            ms = decode_ms(models[way], R, steps)
+            if round_:
+                measured[way, R].append(ms)
+    for (way, R), values in measured.items():
+        ratios = [a / b for a, b in zip(values, measured["bfloat16", R])]
+        console.print(
+            f"R = {R}, {way}: {statistics.median(values):.1f} ms per token, {statistics.median(ratios):.2f} of bfloat16 "
+            f"({min(ratios):.2f} .. {max(ratios):.2f})",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["loss", "time"])
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--shape", default="600m", choices=sorted(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    console = Console(width=100)
+    if arguments.what == "loss":
+        if arguments.checkpoint is None:
+            parser.error("loss needs a checkpoint of parloop train or parloop study")
+        loss(arguments.checkpoint, console)
+    else:
+        times(arguments.shape, console, arguments.rounds, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
