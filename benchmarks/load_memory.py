@@ -2,7 +2,8 @@
 
     python benchmarks/load_memory.py --shape 600m
 
-Saves random weights in bfloat16 as shards, loads them in a process of their own, and prints that process's resident high-water mark.
+Saves random weights in bfloat16 as shards, loads them and reads a text with them in a process of their own, and prints that process's
+resident high-water mark.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from parloop.bench.measure import peak_bytes
 before = peak_bytes(torch.device("cpu"))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert model.dtype is torch.bfloat16
+model(torch.arange(8)[None])  # weights are mapped, and read only when they are used
 print(before, peak_bytes(torch.device("cpu")))
 """
 
@@ -39,7 +41,9 @@ def main() -> None:
         size = sum(shard.stat().st_size for shard in shards)
         done = subprocess.run([sys.executable, "-c", LOAD, folder], capture_output=True, text=True, check=True)
         before, peak = map(int, done.stdout.split())
-    print(f"{len(shards)} shards, {size / 1e9:.2f} GB; peak {peak / 1e9:.2f} GB, of which Python and torch {before / 1e9:.2f} GB")
+    print(
+        f"{len(shards)} shards, {size / 1e9:.2f} GB; peak {peak / 1e9:.2f} GB, of which Python and torch {before / 1e9:.2f} GB"
+    )
     print(f"peak over the checkpoint's size: {(peak - size) / 1e9:+.2f} GB")
 
 

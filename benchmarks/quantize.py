@@ -1,7 +1,7 @@
 """What int8 and int4 weights cost in loss and give in decoding time (torchao, weight-only; gates, norms and embeddings as they are).
 
-    python benchmarks/quantize.py loss runs/study-quick/r2-seed0     # bits per byte on held-out text
-    python benchmarks/quantize.py time --shape 600m                  # decode, interleaved with bfloat16
+python benchmarks/quantize.py loss runs/study-quick/r2-seed0     # bits per byte on held-out text
+python benchmarks/quantize.py time --shape 600m                  # decode, interleaved with bfloat16
 """
 
 import argparse
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from parloop import make_cache
@@ -24,7 +25,8 @@ from parloop.train import Recipe, evaluate_documents
 WAYS: dict[str, Any] = {
     "bfloat16": None,
     "int8": Int8WeightOnlyConfig(),
-    "int4": Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
+    # Note: torchao 0.18's Int4WeightOnlyConfig has no packing for CPUs. This one computes the same values, stored a byte each.
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
 }
 
 
