@@ -135,7 +135,7 @@ def diagnose(
     config = getattr(model, "config", None)
     if not isinstance(config, PLTConfig) or not hasattr(model, "lm_head"):
         raise DiagnosisError(
-            f"{type(model).__name__} is not a PLTForCausalLM: load a PLT checkpoint, see parloop.load_model."
+            f"{type(model).__name__} is not a PLTForCausalLM: load a PLT checkpoint with AutoModelForCausalLM.from_pretrained."
         )
     R = config.plt_num_loops if num_loops is None else num_loops
     if not isinstance(R, int) or R < 1:
