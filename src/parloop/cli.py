@@ -1,7 +1,6 @@
 """The `parloop` command: one verb, one function, no logic."""
 
 import dataclasses
-import logging
 import os
 import runpy
 import shlex
@@ -398,8 +397,6 @@ def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours say what is going on
-    for name in ("torchao", "torch.utils._pytree"):  # what torchao says of GPU libraries when anything imports it
-        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(stderr=True)
     try:
         app(passed_through(sys.argv[1:]))
