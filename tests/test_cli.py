@@ -9,7 +9,7 @@ from rich.console import Console
 
 from parloop import cli
 from parloop.corpus.corpus import Corpus
-from parloop.report.terminal import training_progress
+from parloop.report.terminal import progress_bars
 
 
 def run(monkeypatch, *arguments):
@@ -102,6 +102,6 @@ def test_a_bar_of_a_run_with_brackets_in_its_name():
     from parloop.train.pretrain import _BarCallback
 
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    with training_progress(console) as progress:
+    with progress_bars(console) as progress:
         _BarCallback(progress, cli.Recipe(), "run[/y]")
     assert "run[/y]: R = 2" in console.export_text()

@@ -4,8 +4,8 @@
 import logging
 
 # Where torchao is installed without a GPU, importing transformers makes it tell of every GPU library that it could not load.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+_level = logging.root.manager.disable
+logging.disable(logging.WARNING)
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -15,6 +15,8 @@ from .diagnosis import Diagnosis, diagnose
 from .model.cache import cache_bytes, make_cache
 from .model.configuration import PLTConfig
 from .model.modeling import PLTForCausalLM, PLTModel
+
+logging.disable(_level)
 
 __version__ = "0.1.0"
 __all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import runpy
-import shlex
 import sys
 import types
 import typing
@@ -19,6 +18,7 @@ from .bench import BenchError
 from .corpus import SourceError
 from .diagnosis import DiagnosisError
 from .generate import CheckpointError
+from .record import command_line
 from .train import Recipe, RecipeError, TrainingDivergedError
 
 app = App(
@@ -110,7 +110,7 @@ def study(
     loops
         The loop counts to compare. Default: 1 2 3 4.
     preset
-        quick (minutes on two cores), laptop (an hour), gpu (half an hour on one large GPU), or a recipe file.
+        quick (six minutes on two cores), laptop (planned for an hour), gpu (planned for half an hour on one large GPU), or a recipe file.
     seeds
         Trainings per loop count. Several make the intervals cover the luck of training.
     match
@@ -256,7 +256,7 @@ def diagnose(
     }  # fmt: skip
     records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
     folder = output or Path("runs", "diagnose-" + "-".join(Path(checkpoint).name for checkpoint in checkpoints)[:80])
-    command = shlex.join(["parloop", *sys.argv[1:]])
+    command = command_line()
     save_results(records, folder, command)
     page = write_diagnosis_report(records, folder, command)
     for record in records:

@@ -109,18 +109,19 @@ def test_token_view_says_when_predictions_settle():
     ids = random_ids(1, 30)[0].tolist()
     view = token_view(model, byte_tokenizer(), ids, 3)
     with torch.no_grad():
-        best = torch.stack(
-            [logits[0].argmax(-1) for logits in model(torch.tensor([ids]), output_loop_logits=True).loop_logits]
-        )
+        logits_RTV = torch.stack([logits[0] for logits in model(torch.tensor([ids]), output_loop_logits=True).loop_logits])
+    p_RTV, best = logits_RTV.softmax(-1), logits_RTV.argmax(-1)
     assert len(view) == 29
     assert {token["settled"] for token in view} > {1}
     for t, token in enumerate(view):
         first = next(r for r in range(3) if (best[r:, t] == best[2, t]).all())
         assert token["settled"] == first + 1
         assert token["right"] == (best[2, t].item() == ids[t + 1])
-        assert [loop["top"][0][1] for loop in token["loops"]] == sorted(
-            [loop["top"][0][1] for loop in token["loops"]], key=lambda p: -1
-        )
+        for r, loop in enumerate(token["loops"]):
+            p_V, own = p_RTV[r, t], p_RTV[r, t, ids[t + 1]]
+            assert loop["rank"] == 1 + (p_V > own).sum().item()
+            assert loop["p"] == pytest.approx(own.item(), abs=1e-4)
+            assert [q for _, q in loop["top"]] == pytest.approx(p_V.topk(len(loop["top"])).values.tolist(), abs=1e-4)
 
 
 def test_results_and_csv_hold_everything(report):

@@ -1,27 +1,20 @@
 """Weight-only quantisation through from_pretrained: one-pass decoding, gates and norms as they are, saved and loaded again."""
 
-import warnings
-
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from parloop import PLTForCausalLM
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    quantization = pytest.importorskip("torchao.quantization")
-
 
 def int8():
-    return quantization.Int8WeightOnlyConfig()
+    return Int8WeightOnlyConfig()
 
 
 def int4():
-    from torchao.quantization.granularity import PerGroup
-
-    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
 
 
 @pytest.mark.parametrize(("way", "error"), [(int8, 0.1), (int4, 0.6)])

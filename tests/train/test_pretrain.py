@@ -206,8 +206,8 @@ def test_the_cursor_comes_back_after_an_error(recipe, corpus, tmp_path, monkeypa
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(recipe, corpus, tmp_path):
+def test_a_gpu_that_is_not_there(recipe, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RecipeError, match="device='cuda', but torch finds no GPU here: use --device cpu"):
         train(changed(recipe, device="cuda"), tmp_path / "run", corpus=corpus, console=QUIET)
 

@@ -8,9 +8,7 @@ same command continues after an interruption, and other lengths and batch sizes 
 """
 
 import json
-import os
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +20,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..model.configuration import PLTConfig
-from ..report.terminal import bench_progress
-from ..study.study import environment
+from ..record import command_line, environment, write_json
+from ..report.terminal import progress_bars
 from .measure import Block, Variant, cache_report, decode_variants, peak_bytes, prefill_variants, read_bandwidth, reset_peak
 from .models import DTYPES, BenchError, build, bytes_read, check_memory, config_of, on_meta
 from .settings import Settings, plan, too_large, work
@@ -84,7 +82,7 @@ def run_bench(
         done = {(block["phase"], block["tokens"], block["batch_size"]) for block in results["blocks"]}
         missing = [key for key in keys if key not in done]
         if missing:
-            results["commands"].append(command or " ".join(["parloop", *sys.argv[1:]]))
+            results["commands"].append(command or command_line())
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="num_loops=")  # a random model is as bad at every loop count
                 measure_all(settings, config, missing, results, folder, console)
@@ -138,8 +136,8 @@ def measure_all(
     """Measure blocks and add them to `results`, which is saved after each."""
     models = prepare(settings, config, results, console)
     device, weights = models["plt"].device, results["model"]["bytes"]
-    with bench_progress(console) as progress:
-        task = progress.add_task("", total=sum(work(settings, config, weights, key) for key in keys))
+    with progress_bars(console) as progress:
+        task = progress.add_task("", loss="", total=sum(work(settings, config, weights, key) for key in keys))
         for number, key in enumerate(keys, 1):
             name = "{}, {:,} tokens, batch {}".format(*key)
             progress.update(task, description=f"block {number} of {len(keys)}: {name}")
@@ -156,7 +154,7 @@ def measure_all(
                 results["skipped"].append(dict(zip(("phase", "tokens", "batch_size"), key)) | {"reason": reason})
                 console.print(f"skipped: {name}: {reason}.", highlight=False)
                 progress.advance(task, share)
-            save(results, folder)
+            write_json(folder / "results.json", results)
 
 
 def _advance(progress: Progress, task: TaskID, share: float, part: float) -> None:
@@ -263,14 +261,6 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "config": json.loads(model.config.to_json_string()),
     }
-
-
-def save(results: dict[str, Any], folder: Path) -> None:
-    """Never half a file, whenever the run is interrupted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / "results.json.partial"
-    scratch.write_text(json.dumps(results, indent=1))
-    os.replace(scratch, folder / "results.json")
 
 
 def _order(block: dict[str, Any]) -> tuple:

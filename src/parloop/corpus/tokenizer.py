@@ -14,12 +14,11 @@ def text_ids(tokenizer: Any, text: Any) -> Any:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, length: int | None = None) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train on `texts`.
 
     Args:
         vocab_size: in ids: 3 special ones, 256 bytes, the rest merges.
-        length: longest input in tokens that the tokenizer announces (`model_max_length`).
 
     Raises:
         ValueError: vocab_size too small for bytes.
@@ -44,5 +43,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, length: int | None = 
         eos_token=EOS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=length or int(1e30),
     )

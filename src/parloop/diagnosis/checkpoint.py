@@ -1,23 +1,22 @@
 """Diagnose a checkpoint on real text: load it, draw samples, look, and keep everything a report needs."""
 
 import csv
+import dataclasses
 import hashlib
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
-from .. import __version__
 from ..corpus.corpus import CorpusSettings
 from ..corpus.samples import draw_samples, padded_batches
+from ..corpus.sources import STDLIB
 from ..generate import CheckpointError, load_model
+from ..record import environment, write_json
 from ..train.recipe import Recipe
 from .diagnosis import DiagnosisError, diagnose
 from .lenses import LENSES
@@ -75,11 +74,9 @@ def diagnose_checkpoint(
     recipe_file = Path(checkpoint, "recipe.yaml")
     recipe = Recipe.load(recipe_file) if recipe_file.is_file() else None
     own = recipe is not None and data in (None, recipe.source)
-    if recipe is not None and own:
-        settings = recipe.corpus_settings()
-    else:
-        kinds = {"extensions": tuple(extensions)} if extensions else {}
-        settings = CorpusSettings(source=data or "stdlib", **kinds)  # type: ignore[arg-type]
+    settings = recipe.corpus_settings() if recipe is not None and own else CorpusSettings(source=data or STDLIB)
+    if extensions:
+        settings = dataclasses.replace(settings, extensions=tuple(extensions))
     length = length or min(recipe.length if recipe else DEFAULT_LENGTH, longest)
     rows = draw_samples(settings, tokenizer, length, samples, held_out=own)
     if len(rows) < samples:
@@ -122,18 +119,14 @@ def diagnose_checkpoint(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "center_rank": center_rank,
-            "parloop": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            **environment(),
         },
     }
 
 
 def save_results(records: list[dict[str, Any]], folder: Path, command: str) -> None:
     """results.json: every value of every sample, and lenses.csv: the means with their intervals."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"command": command, "checkpoints": records}, allow_nan=False))
+    write_json(folder / "results.json", {"command": command, "checkpoints": records})
     with open(folder / "lenses.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["checkpoint", "lens", "unit", "loop", "mean", "low", "high"])

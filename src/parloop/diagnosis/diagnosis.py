@@ -9,7 +9,7 @@ tokens count: padding is left out, and neither a shift, nor a neighbour, nor a n
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,23 @@ class Diagnosis:
         """Change of the loss by loop R + 1, in nats per token, on the same samples."""
         return bootstrap_mean(_known(self.one_more_loss - self.values["loss"][:, -1]))
 
+    def joined(self, other: "Diagnosis") -> "Diagnosis":
+        """This and another diagnosis of the same model, as one of all samples."""
+        share = other.tokens.sum() / (self.tokens.sum() + other.tokens.sum())
+
+        def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # means over tokens
+            return (1 - share) * a + share * b
+
+        return replace(
+            self,
+            values={name: np.concatenate([self.values[name], other.values[name]]) for name in self.values},
+            one_more_loss=np.concatenate([self.one_more_loss, other.one_more_loss]),
+            tokens=np.concatenate([self.tokens, other.tokens]),
+            by_layer={name: both(self.by_layer[name], other.by_layer[name]) for name in self.by_layer},
+            gate_by_head=both(self.gate_by_head, other.gate_by_head),
+            head_cosines=both(self.head_cosines, other.head_cosines),
+        )
+
     def summary(self) -> dict[str, list[Any]]:
         """lens -> for every loop [mean, low, high], or None."""
         result: dict[str, list[Any]] = {}
@@ -140,52 +157,24 @@ def diagnose(
     R = config.plt_num_loops if num_loops is None else num_loops
     if not isinstance(R, int) or R < 1:
         raise DiagnosisError(f"num_loops={R!r} must be an integer of at least 1.")
-    parts: list[_Part] = []
+    seen: Diagnosis | None = None
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
-            parts.append(_look_at(model, batch, R, center_rank))
+            part = _look_at(model, batch, R, center_rank)
+            seen = part if seen is None else seen.joined(part)
             if on_batch:
-                on_batch(len(batch["input_ids"]))
+                on_batch(part.samples)
     finally:
         model.train(was_training)
-    if not parts:
+    if seen is None:
         raise DiagnosisError("there are no samples to look at: batches is empty.")
-
-    tokens = np.concatenate([part.tokens for part in parts])
-    seen = tokens.sum()
-    L = config.num_hidden_layers
-    by_layer = {name: sum(part.by_layer[name] for part in parts) / seen for name in parts[0].by_layer}
-    for name in ("gate", "attention_kl"):
-        by_layer[name][0] = np.nan
-    gates = sum(part.gate_by_head for part in parts) / seen
-    gates[0] = np.nan
-    return Diagnosis(
-        loops=R,
-        trained_loops=config.plt_num_loops,
-        values={name: np.concatenate([part.values[name] for part in parts]) for name in LENSES},
-        one_more_loss=np.concatenate([part.one_more_loss for part in parts]),
-        tokens=tokens,
-        by_layer=by_layer,
-        gate_by_head=gates,
-        head_cosines=sum(part.cosines for part in parts) / (seen * L),
-    )
+    return seen
 
 
-@dataclass
-class _Part:
-    """One batch: values per sample as in Diagnosis, and sums over its tokens of what is not kept per sample."""
-
-    values: dict[str, np.ndarray]
-    one_more_loss: np.ndarray
-    tokens: np.ndarray
-    by_layer: dict[str, np.ndarray]
-    gate_by_head: np.ndarray
-    cosines: np.ndarray
-
-
-def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -> _Part:
+def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -> Diagnosis:
+    """One batch."""
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     ids_BT = inputs["input_ids"]
     real, document = _tokens_and_documents(model.config, inputs)
@@ -233,13 +222,20 @@ def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -
         for name, share_BR in by_share.items():
             for r in range(2, R + 1):
                 keep(name, r, share_BR[:, r - 2])
-    return _Part(
+    every_token = tokens.sum()
+    by_layer = {name: sums.sum(-1) / every_token for name, sums in attention.sums.items()}  # [R, L]
+    by_head = attention.gate_by_head.sum(2) / every_token  # [R, L, H]
+    for absent in (by_layer["gate"], by_layer["attention_kl"], by_head):
+        absent[0] = torch.nan  # loop 1 has no gate, and no loop before it
+    return Diagnosis(
+        loops=R,
+        trained_loops=model.config.plt_num_loops,
         values=values,
         one_more_loss=outputs["loss"][R].cpu().numpy(),
         tokens=tokens.cpu().numpy(),
-        by_layer={name: sums.sum(-1).cpu().numpy() for name, sums in attention.sums.items()},
-        gate_by_head=attention.gate_by_head.sum(2).cpu().numpy(),
-        cosines=attention.cosines.cpu().numpy(),
+        by_layer={name: means.cpu().numpy() for name, means in by_layer.items()},
+        gate_by_head=by_head.cpu().numpy(),
+        head_cosines=(attention.cosines / (every_token * L)).cpu().numpy(),
     )
 
 

@@ -127,7 +127,7 @@ class PLTGate(nn.Module):
         return logits_BNH.sigmoid()[..., None]
 
 
-class Seen:
+class AttentionView:
     """An attention module as a backend sees it in a decode step, when loops stand for something else: see `_attend_step`."""
 
     def __init__(self, attention: "PLTAttention", num_key_value_groups: int, is_causal: bool):
@@ -233,10 +233,12 @@ class PLTAttention(nn.Module):
         """
         B, G, n, K = q_BGnK.shape
         if self.config._attn_implementation in BANDED:
-            out = self._attend(Seen(self, 1, is_causal=False), q_BGnK, k, v, mask, **kwargs)[0]  # [B, n, G, K]
+            out = self._attend(AttentionView(self, 1, is_causal=False), q_BGnK, k, v, mask, **kwargs)[0]  # [B, n, G, K]
             out = out.transpose(1, 2)
         else:
-            out = self._attend(Seen(self, n, is_causal=True), q_BGnK.reshape(B, G * n, 1, K), k, v, mask, **kwargs)[0]
+            out = self._attend(AttentionView(self, n, is_causal=True), q_BGnK.reshape(B, G * n, 1, K), k, v, mask, **kwargs)[
+                0
+            ]
         return out.reshape(B, G, n, K)
 
     def _window(self, q, k, v, loop, masks, cache, **kwargs):

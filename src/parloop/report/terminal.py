@@ -11,29 +11,13 @@ from rich.table import Table
 from ..diagnosis.lenses import LENSES
 
 
-def training_progress(console: Console) -> Progress:
-    """Bars with the loss and the time left; tasks have a field `loss`."""
+def progress_bars(console: Console) -> Progress:
+    """Bars with the time left; tasks have a field `loss`, which may be empty."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-study_progress = training_progress
-
-
-def bench_progress(console: Console) -> Progress:
-    """One bar for all blocks, with the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

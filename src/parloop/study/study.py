@@ -11,23 +11,18 @@ run again: finished runs are kept, an interrupted one goes on.
 import dataclasses
 import json
 import os
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from rich.console import Console
 
-from .. import __version__
 from ..corpus import Corpus, load_corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..generate import load_model
 from ..model.flops import training_flops_per_token
-from ..report.terminal import study_progress
+from ..record import command_line, environment, write_json
+from ..report.terminal import progress_bars
 from ..statistics import RULE, Interval, bits_per_byte, choose, paired_difference, resample_weights
 from ..train import Evaluation, Recipe, RecipeError, evaluate_documents, train
 from .measure import cache_bytes_of, inference_times, peak_training_bytes
@@ -74,7 +69,7 @@ def run_study(
     corpus = load_corpus(recipe.corpus_settings(), console=console)
     corpus.print_summary(console)
     runs = plan(recipe, corpus, loops, seeds, match)
-    with study_progress(console) as progress:
+    with progress_bars(console) as progress:
         whole = progress.add_task("study", total=sum(run["flops"] for run in runs), loss="")
         for number, run in enumerate(runs, 1):
             label = f"run {number} of {len(runs)}: R = {run['loops']}" + (f", seed {run['seed']}" if seeds > 1 else "")
@@ -96,10 +91,9 @@ def run_study(
     with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
         costs = measure(output, runs, recipe, loops)
     diagnoses = [diagnosis_of(output / run["name"], recipe, console) for run in runs if run["seed"] == recipe.seed]
-    results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or shlex.join(["parloop", *sys.argv[1:]]))
+    results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or command_line())
     results["diagnoses"] = diagnoses
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(output / "results.json", results)
     return results
 
 
@@ -137,9 +131,7 @@ def diagnosis_of(folder: Path, recipe: Recipe, console: Console) -> dict[str, An
     path = folder / "diagnosis.json"
     if not path.exists():
         record = diagnose_checkpoint(folder, samples=LENS_SAMPLES, batch_size=8, device=recipe.device, console=console)
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps(record, allow_nan=False))
-        os.replace(scratch, path)
+        write_json(path, record)
     return json.loads(path.read_text())
 
 
@@ -210,25 +202,6 @@ def summarize(recipe, corpus, runs, costs, loops, seeds, match, command) -> dict
     }
     results["verdict"] = verdict(rows, base, best, chosen, match, seeds, to_base)
     return results
-
-
-def environment() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    return {
-        "parloop": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def verdict(

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -30,6 +29,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from ..corpus import Corpus, collate, load_corpus, pack, text_ids
 from ..model.modeling import PLTForCausalLM, PLTGate
+from ..record import write_json
 from .recipe import Recipe, RecipeError
 
 MODEL_DONE = "training.json"  # written last: the run is finished
@@ -123,9 +123,9 @@ def train(
     trainer.add_callback(clock)
     bar: Progress | None = None
     if on_step is None:
-        from ..report.terminal import training_progress
+        from ..report.terminal import progress_bars
 
-        bar = training_progress(console)
+        bar = progress_bars(console)
         trainer.add_callback(_BarCallback(bar, recipe, output.name))
     else:
         trainer.add_callback(_StepCallback(on_step))
@@ -133,7 +133,7 @@ def train(
     if checkpoint is not None:
         console.print(f"continuing {output} from {checkpoint.name}", highlight=False, markup=False)
     elif trainer.is_world_process_zero():
-        _write_json(output / TRAINED_ON, {"digest": corpus.summary["digest"]})
+        write_json(output / TRAINED_ON, {"digest": corpus.summary["digest"]})
     if checkpoint is not None and _step(checkpoint) >= recipe.steps:
         # Killed after its last checkpoint: nothing is left to train, but Trainer would do one more step.
         model.load_state_dict(PLTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
@@ -157,7 +157,7 @@ def train(
         "validation_curve": [[log["step"], log["eval_loss"]] for log in trainer.state.log_history if "eval_loss" in log],
     }
     if trainer.is_world_process_zero():
-        _write_json(output / MODEL_DONE, result)
+        write_json(output / MODEL_DONE, result)
         for folder in output.glob("checkpoint-*"):
             shutil.rmtree(folder)
     return result
@@ -371,9 +371,3 @@ def _has_tensorboard() -> bool:
     from importlib.util import find_spec
 
     return find_spec("tensorboard") is not None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(content, indent=1))
-    os.replace(scratch, path)

@@ -1,0 +1,47 @@
+"""What every measurement writes down beside its numbers, and how it is written."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions."""
+    from . import __version__
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "parloop": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def command_line() -> str:
+    """The command as it can be typed again."""
+    return shlex.join(["parloop", *sys.argv[1:]])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Never half a file, whenever the process is interrupted. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(json.dumps(content, indent=1, allow_nan=False))
+    os.replace(scratch, path)
