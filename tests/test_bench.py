@@ -15,9 +15,9 @@ from transformers import CompileConfig
 from transformers.cache_utils import StaticCache
 
 from parloop import PLTForCausalLM, cache_bytes, make_cache
-from parloop.bench import BenchError, bench, measure, models, run_bench, settings
+from parloop.bench import bench, measure, models, run_bench, settings
 from parloop.bench.measure import PASS_PER_LOOP, Block, Variant, decode_variants, expected_cache_bytes, fill_cache
-from parloop.generate import CheckpointError
+from parloop.errors import BenchError, CheckpointError
 from parloop.report.figures import bench_figure, save_png
 from parloop.report.terminal import bench_legend, bench_tables
 

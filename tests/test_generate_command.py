@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_model
 
 from parloop.corpus import train_tokenizer
-from parloop.generate import CheckpointError, load_model, stream
+from parloop.errors import CheckpointError
+from parloop.generate import load_model, stream
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,44 @@ import logging
 _level = logging.root.manager.disable
 logging.disable(logging.WARNING)
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+import transformers
+from transformers import AutoConfig
 
-from .diagnosis import Diagnosis, diagnose
-from .model.cache import cache_bytes, make_cache
 from .model.configuration import PLTConfig
-from .model.modeling import PLTForCausalLM, PLTModel
-
-logging.disable(_level)
 
 __version__ = "0.1.0"
 __all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]
 
 AutoConfig.register(PLTConfig.model_type, PLTConfig, exist_ok=True)
-AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
-AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
-# Some checkpoints call the gate loop_gate_proj. They are saved again under the name they were read with.
-register_checkpoint_conversion_mapping(
-    PLTConfig.model_type, [WeightRenaming(r"self_attn\.loop_gate_proj\.", "self_attn.plt_gate.")], overwrite=True
-)
+
+# vLLM pins an older transformers. Its plugin needs the configuration only.
+TOO_OLD: str | None = None
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23):
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    from .diagnosis import Diagnosis, diagnose
+    from .model.cache import cache_bytes, make_cache
+    from .model.modeling import PLTForCausalLM, PLTModel
+
+    AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
+    AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
+    # Some checkpoints call the gate loop_gate_proj. They are saved again under the name they were read with.
+    register_checkpoint_conversion_mapping(
+        PLTConfig.model_type, [WeightRenaming(r"self_attn\.loop_gate_proj\.", "self_attn.plt_gate.")], overwrite=True
+    )
+else:
+    TOO_OLD = (
+        f"The model needs transformers >= 5.23, and {transformers.__version__} is installed, as vLLM asks for. Keep an environment "
+        f"for vLLM, which serves PLT checkpoints, and another one to train, generate and diagnose: "
+        f'pip install parloop "transformers>=5.23".'
+    )
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"parloop.{name}: {TOO_OLD}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+logging.disable(_level)

@@ -13,19 +13,17 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__
-from .bench import BenchError
-from .corpus import SourceError
-from .diagnosis import DiagnosisError
-from .generate import CheckpointError
+from . import TOO_OLD, __version__
+from .errors import CheckpointError, ParloopError, RecipeError
 from .record import command_line
-from .train import Recipe, RecipeError, TrainingDivergedError
+from .train import Recipe
 
 app = App(
     name="parloop",
     help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
     version=__version__,
 )
+MODEL_VERBS = {"bench", "diagnose", "generate", "study", "train"}  # they need the model in transformers
 Many = Parameter(consume_multiple=True, negative=())
 
 
@@ -70,7 +68,7 @@ def train(
     fresh
         Delete what the folder holds and start over.
     """
-    from .train import train as run
+    from .train.pretrain import train as run
 
     settings = Recipe.load(recipe, **vars(overrides))
     folder = output or Path("runs/train", f"{Path(recipe).stem}-r{settings.num_loops}")
@@ -359,6 +357,36 @@ def bench(
 
 
 @app.command
+def serve(
+    checkpoint: str,
+    /,
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    loops: int | None = None,
+    engine: str = "auto",
+) -> None:
+    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else with transformers.
+
+    The model answers to NAME@R, which shows the loop count, and to NAME.
+
+    Example: parloop serve runs/study-quick/r2-seed0 --loops 1 --port 8001 --max-model-len 4096
+
+    Parameters
+    ----------
+    checkpoint
+        Folder or Hub name of a PLT checkpoint.
+    arguments
+        Options of the server: --port 8001, --host 0.0.0.0, and with vLLM every option of `vllm serve`.
+    loops
+        How often to run the stack. Default: as trained.
+    engine
+        auto, vllm or transformers.
+    """
+    from .serve.server import serve as run_server
+
+    run_server(checkpoint, loops, engine, list(arguments))
+
+
+@app.command
 def run(
     module: Annotated[str, Parameter(name=["-m", "--module"])],
     *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -399,8 +427,10 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # ours say what is going on
     console = Console(stderr=True)
     try:
+        if TOO_OLD and set(sys.argv[1:2]) & MODEL_VERBS:
+            raise ParloopError(TOO_OLD)
         app(passed_through(sys.argv[1:]))
-    except (BenchError, SourceError, RecipeError, CheckpointError, DiagnosisError, TrainingDivergedError) as error:
+    except ParloopError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -9,13 +9,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from .errors import CheckpointError
 from .model.configuration import PLTConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded, with what to do."""
 
 
 def load_config(checkpoint: str | Path) -> PLTConfig:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from parloop.corpus import CorpusSettings, SourceError, collate, load_corpus, pack, text_ids, train_tokenizer
+from parloop.corpus import CorpusSettings, collate, load_corpus, pack, text_ids, train_tokenizer
 from parloop.corpus.samples import draw_samples
 from parloop.corpus.sources import read
+from parloop.errors import SourceError
 
 QUIET = Console(quiet=True)
 

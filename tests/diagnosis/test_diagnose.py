@@ -9,10 +9,11 @@ import torch
 from conftest import random_ids, tiny_config, tiny_model
 
 import parloop
-from parloop.diagnosis import Diagnosis, DiagnosisError
+from parloop.diagnosis import Diagnosis
 from parloop.diagnosis import attention as attention_module
 from parloop.diagnosis import diagnosis as module
 from parloop.diagnosis.lenses import LENSES
+from parloop.errors import DiagnosisError
 from parloop.model.reference import reference_forward
 
 

@@ -16,11 +16,12 @@ from test_corpus import write_sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parloop.corpus import CorpusSettings, SourceError
+from parloop.corpus import CorpusSettings
 from parloop.corpus.samples import draw_samples, padded_batches
 from parloop.diagnosis.checkpoint import diagnose_checkpoint, save_results
 from parloop.diagnosis.lenses import LENSES
 from parloop.diagnosis.tokens import token_view
+from parloop.errors import SourceError
 from parloop.report.page import labelled, write_diagnosis_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from test_corpus import write_sources
 
+from parloop.errors import RecipeError
 from parloop.model.flops import forward_flops_per_token, training_flops_per_token
 from parloop.report import figures
 from parloop.report.lens_figures import CAPTIONS
@@ -21,7 +22,7 @@ from parloop.report.page import write_study_report
 from parloop.report.terminal import study_tables
 from parloop.study import run_study
 from parloop.study.measure import cache_bytes_of, peak_training_bytes
-from parloop.train import Recipe, RecipeError
+from parloop.train import Recipe
 
 QUIET = Console(quiet=True)
 TINY = {
@@ -249,7 +250,7 @@ def test_flops_against_counted_matrix_products(recipe):
     """The formula against what torch's counter sees, with every token's whole row of keys counted by both."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from parloop.train import build_model
+    from parloop.train.pretrain import build_model
 
     for n in (1, 2, 3):
         model = build_model(Recipe(**(vars(recipe) | {"num_loops": n, "attention": "eager"})))
@@ -284,7 +285,7 @@ def test_memory_of_a_training_step_is_counted():
 
 
 def test_cache_and_memory_of_a_model(recipe):
-    from parloop.train import build_model
+    from parloop.train.pretrain import build_model
 
     one, two = (build_model(Recipe(**(vars(recipe) | {"num_loops": n}))) for n in (1, 2))
     assert cache_bytes_of(one, 32)["fixed"] == 0

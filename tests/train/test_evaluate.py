@@ -10,7 +10,7 @@ from conftest import tiny_model
 from test_corpus import write_sources
 
 from parloop.corpus import train_tokenizer
-from parloop.train import evaluate_documents
+from parloop.train.evaluate import evaluate_documents
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from test_corpus import write_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from parloop.corpus import load_corpus
-from parloop.train import Recipe, RecipeError, TrainingDivergedError, build_model, train
-from parloop.train.pretrain import TRAINED_ON, last_whole_checkpoint, whole_batches
+from parloop.errors import RecipeError, TrainingDivergedError
+from parloop.train import Recipe
+from parloop.train.pretrain import TRAINED_ON, build_model, last_whole_checkpoint, train, whole_batches
 
 QUIET = Console(quiet=True)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from parloop.train import Recipe, RecipeError
+from parloop.errors import RecipeError
+from parloop.train import Recipe
 from parloop.train.recipe import ALLOWED, BOUNDS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

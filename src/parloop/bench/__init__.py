@@ -1,4 +1,3 @@
 from .bench import run_bench
-from .models import BenchError
 
-__all__ = ["BenchError", "run_bench"]
+__all__ = ["run_bench"]

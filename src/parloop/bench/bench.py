@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..errors import BenchError
 from ..model.configuration import PLTConfig
 from ..record import command_line, environment, write_json
 from ..report.terminal import progress_bars
 from .measure import Block, Variant, cache_report, decode_variants, peak_bytes, prefill_variants, read_bandwidth, reset_peak
-from .models import DTYPES, BenchError, build, bytes_read, check_memory, config_of, on_meta
+from .models import DTYPES, build, bytes_read, check_memory, config_of, on_meta
 from .settings import Settings, plan, too_large, work
 
 WARM_UP = 1  # rounds that are not counted

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from ..errors import BenchError
 from ..model.configuration import PLTConfig
 from ..model.flops import forward_flops_per_token
 from .measure import decode_variants
-from .models import DTYPES, BenchError, available_bytes
+from .models import DTYPES, available_bytes
 
 CONTEXTS = (256, 4096, 16384)
 PREFILL_LENGTHS = (2048,)

@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..errors import SourceError
+
 Item = tuple[str, str | None, str]  # name, text or None, why there is no text
 
 STDLIB = "stdlib"  # the standard library of the running interpreter
@@ -18,10 +20,6 @@ INSTALLED = "installed"  # that and every installed package
 HUB = "hub:"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # extension -> loader of `datasets`
 NOT_TEXT = ("site-packages", "dist-packages", "__pycache__", ".git", ".hg", "node_modules", ".venv")
-
-
-class SourceError(ValueError):
-    """A source that cannot be read at all; the message says what to do."""
 
 
 def files_of(source: str) -> list[Path]:

@@ -1,3 +1,3 @@
-from .diagnosis import Diagnosis, DiagnosisError, diagnose
+from .diagnosis import Diagnosis, diagnose
 
-__all__ = ["Diagnosis", "DiagnosisError", "diagnose"]
+__all__ = ["Diagnosis", "diagnose"]

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from ..corpus.corpus import CorpusSettings
 from ..corpus.samples import draw_samples, padded_batches
 from ..corpus.sources import STDLIB
-from ..generate import CheckpointError, load_model
+from ..errors import CheckpointError, DiagnosisError
+from ..generate import load_model
 from ..record import environment, write_json
 from ..train.recipe import Recipe
-from .diagnosis import DiagnosisError, diagnose
+from .diagnosis import diagnose
 from .lenses import LENSES
 from .tokens import token_view
 from .verdict import give_verdict

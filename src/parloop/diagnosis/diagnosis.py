@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import DiagnosisError
 from ..model.configuration import PLTConfig
 from ..statistics import Interval, bootstrap_mean
 from .attention import AttentionLenses
@@ -31,10 +32,6 @@ from .lenses import (
 )
 
 LOGIT_BYTES = 128 * 2**20  # of the logits of one loop that are looked at at once
-
-
-class DiagnosisError(ValueError):
-    """Something that cannot be diagnosed, with what to do."""
 
 
 @dataclass

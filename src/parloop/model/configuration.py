@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
+PRIVATE = ("_as_read", "_is_complete")  # attributes that are not fields
 
 
 class PLTConfig(PreTrainedConfig):
@@ -87,10 +88,11 @@ class PLTConfig(PreTrainedConfig):
             self.eos_token_id = list(self.eos_token_id)
         super().__post_init__(**kwargs)
         self._check()
+        self.__dict__["_is_complete"] = True
 
     def __setattr__(self, key: str, value: Any) -> None:
         # from_pretrained(..., plt_num_loops=0) sets fields after construction, so the checks run here too.
-        if not self.__dict__.get("_post_init_done") or key.startswith("_"):
+        if not self.__dict__.get("_is_complete") or key.startswith("_"):
             return super().__setattr__(key, value)
         before = deepcopy(getattr(self, key, None))
         super().__setattr__(key, value)
@@ -172,7 +174,8 @@ class PLTConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.pop("_as_read", None)
+        for name in PRIVATE:
+            output.pop(name, None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -191,7 +194,8 @@ class PLTConfig(PreTrainedConfig):
 
     def _released_form(self) -> dict[str, Any]:
         form = super().to_diff_dict()
-        form.pop("_as_read", None)
+        for name in PRIVATE:
+            form.pop(name, None)
         rope = dict(form.pop("rope_parameters"))
         form["rope_theta"] = rope.pop("rope_theta")
         form["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None

@@ -19,12 +19,15 @@ from rich.console import Console
 
 from ..corpus import Corpus, load_corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
+from ..errors import RecipeError
 from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..record import command_line, environment, write_json
 from ..report.terminal import progress_bars
 from ..statistics import RULE, Interval, bits_per_byte, choose, paired_difference, resample_weights
-from ..train import Evaluation, Recipe, RecipeError, evaluate_documents, train
+from ..train.evaluate import Evaluation, evaluate_documents
+from ..train.pretrain import train
+from ..train.recipe import Recipe
 from .measure import cache_bytes_of, inference_times, peak_training_bytes
 
 MATCHES = ("tokens", "compute")

@@ -1,5 +1,3 @@
-from .evaluate import Evaluation, evaluate_documents
-from .pretrain import TrainingDivergedError, build_model, train
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
-__all__ = ["Evaluation", "Recipe", "RecipeError", "TrainingDivergedError", "build_model", "evaluate_documents", "train"]
+__all__ = ["Recipe"]

@@ -28,17 +28,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from ..corpus import Corpus, collate, load_corpus, pack, text_ids
+from ..errors import RecipeError, TrainingDivergedError
 from ..model.modeling import PLTForCausalLM, PLTGate
 from ..record import write_json
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
 MODEL_DONE = "training.json"  # written last: the run is finished
 TRAINED_ON = "corpus.json"  # the digest of the corpus, written first
 FREE_TO_CHANGE = {"device", "log_every", "save_every", "keep_checkpoints", "compile"}  # do not change what is trained
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss became NaN or ran away."""
 
 
 def build_model(recipe: Recipe, tokenizer: Any = None) -> PLTForCausalLM:

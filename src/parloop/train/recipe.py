@@ -13,11 +13,8 @@ from typing import Any
 import yaml
 
 from ..corpus import CorpusSettings
+from ..errors import RecipeError
 from ..model.configuration import PLTConfig
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the field, its value and the remedy."""
 
 
 def _(default: Any, doc: str) -> Any:

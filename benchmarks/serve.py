@@ -1,0 +1,141 @@
+"""What a token costs when vLLM serves it: a plain Llama, R = 1, and R = 2 in one pass and as a pass per loop, side by side.
+
+    python benchmarks/serve.py [--shape 600m] [--loops 1 2] [--requests 1 4 16] [--context 256] [--repeats N] [--compile]
+
+Run it in an environment of vLLM. All engines live in this process and take turns, a few steps each; weights are random. Printed are
+medians over repeats of the time of a decode step, which gives every request one token, and the ratio to R = 1 of the same turn with
+its smallest and largest value.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from vllm import LLM, SamplingParams
+
+from parloop.model.configuration import ARCHITECTURE
+from parloop.model.shapes import SHAPES, SHARED
+
+
+def lines(loops: list[int]) -> dict[str, dict]:
+    """Name -> what is laid over the configuration, and the engine's options."""
+    found: dict[str, dict] = {"Llama": {"llama": True}}
+    for R in loops:
+        found[f"R = {R}"] = {"loops": R}
+        if R > 1:
+            found[f"R = {R}, pass per loop"] = {"loops": R, "additional_config": {"plt_one_pass": False}}
+    return found
+
+
+def engine(folder: Path, shape: str, llama: bool = False, loops: int = 1, **options) -> LLM:
+    config = {
+        **SHARED,
+        **SHAPES[shape],
+        "plt_num_loops": loops,
+        "model_type": "iquestpltcoder",
+        "architectures": [ARCHITECTURE],
+    }
+    if llama:
+        config = {k: v for k, v in config.items() if not k.startswith("plt_")}
+        config |= {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+        }
+    config.setdefault("max_position_embeddings", 32768)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return LLM(str(folder), load_format="dummy", skip_tokenizer_init=True, **options)
+
+
+def start(llm: LLM, requests: int, context: int, vocabulary: int, tokens: int) -> None:
+    """Requests with different prompts, up to their first decode step."""
+    server = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for i in range(requests):
+        prompt = [(7 * i + 13 * t + 1) % vocabulary for t in range(context)]
+        server.add_request(f"{i}", {"prompt_token_ids": prompt}, params)
+    answered: set[str] = set()
+    while len(answered) < requests:
+        answered |= {output.request_id for output in server.step() if output.outputs[0].token_ids}
+
+
+def stop(llm: LLM) -> None:
+    server = llm.llm_engine
+    server.abort_request(list(server.output_processor.request_states), internal=True)
+    while server.has_unfinished_requests():
+        server.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="600m")
+    parser.add_argument("--loops", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16], help="at a time")
+    parser.add_argument("--context", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("--repeats", type=int, default=7, help="turns that count; one more warms up")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps a turn")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--compile", action="store_true", help="let vLLM compile what it can (the Llama) and capture CUDA graphs"
+    )
+    arguments = parser.parse_args()
+
+    steps, turns = arguments.steps, arguments.repeats + 1
+    length = arguments.context + steps * turns + 16
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = {
+            name: engine(
+                Path(scratch, str(i)),
+                arguments.shape,
+                dtype=arguments.dtype,
+                enforce_eager=not arguments.compile,
+                max_model_len=length,
+                max_num_seqs=max(arguments.requests),
+                enable_prefix_caching=False,
+                gpu_memory_utilization=0.9 / (len(arguments.loops) * 2 + 1),
+                **options,
+            )
+            for i, (name, options) in enumerate(lines(arguments.loops).items())
+        }
+    vocabulary = SHAPES[arguments.shape]["vocab_size"]
+    for requests in arguments.requests:
+        for llm in engines.values():
+            start(llm, requests, arguments.context, vocabulary, length)
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for turn in track(range(turns), f"{requests} requests"):
+            for name, llm in engines.items():
+                began = time.perf_counter()
+                for _ in range(steps):
+                    llm.llm_engine.step()
+                if turn:
+                    times[name].append((time.perf_counter() - began) / steps)
+        for llm in engines.values():
+            stop(llm)
+        table = Table(title=f"{arguments.shape}, {arguments.dtype}, {requests} requests of {arguments.context} tokens")
+        for column in ("", "ms/step", "tokens/s", "to R = 1", "to Llama"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, own in times.items():
+            median = statistics.median(own)
+            ratios = []
+            for other in ("R = 1", "Llama"):
+                pairs = [a / b for a, b in zip(own, times.get(other, own))]
+                ratios.append(f"{statistics.median(pairs):.2f} ({min(pairs):.2f}..{max(pairs):.2f})")
+            table.add_row(name, f"{1000 * median:.1f}", f"{requests / median:.1f}", *ratios)
+        Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

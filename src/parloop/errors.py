@@ -1,0 +1,33 @@
+"""What a user can put right. The messages name the value and the remedy; the command line prints them without a traceback."""
+
+
+class ParloopError(Exception):
+    """Base of all of them."""
+
+
+class SourceError(ParloopError, ValueError):
+    """A source that cannot be read at all."""
+
+
+class RecipeError(ParloopError, ValueError):
+    """A recipe that cannot be run."""
+
+
+class TrainingDivergedError(ParloopError, RuntimeError):
+    """The loss became NaN or ran away."""
+
+
+class CheckpointError(ParloopError, ValueError):
+    """A checkpoint that cannot be loaded."""
+
+
+class DiagnosisError(ParloopError, ValueError):
+    """Something that cannot be diagnosed."""
+
+
+class BenchError(ParloopError, ValueError):
+    """Something that cannot be measured."""
+
+
+class ServeError(ParloopError, ValueError):
+    """A server that cannot be started."""

@@ -1,0 +1,1 @@
+"""Serving: the plugin that makes stock vLLM run a PLT, and `parloop serve`."""

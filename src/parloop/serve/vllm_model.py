@@ -1,0 +1,352 @@
+"""The Parallel Loop Transformer out of vLLM's layers: the equations of model/modeling.py, over vLLM's paged cache.
+
+A step of vLLM holds tokens of many requests, in one row after the other. Two ways through it (`PLTModel.forward`):
+
+    one pass         no request has more than one token: the loops of all tokens are rows of one pass over the weights
+    loop after loop  some request has more, as prompts do: R passes over all tokens
+
+Both write and read the same cache, position by position, so chunked prompts, prefix caching, preemption and rejected drafts are
+the scheduler's business alone. What the cache holds, in vLLM's layers:
+
+    attn             loop 1's keys and values, of every token
+    read             nothing: later loops attend to loop 1's through it (vLLM's sharing of caches between layers)
+    window_loop r    loop r's own keys and values, of the last w tokens
+    carry            loop r's state, which loop r + 1 reads one token later (vllm_carry.py)
+
+Axes: N tokens of this step (or R * N rows), D hidden size, H query heads of this rank, K head size. Loops are numbered 1..R in
+prose, from 0 in code.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .plugin import check_vllm_version
+
+check_vllm_version()
+
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.distributed import get_tensor_model_parallel_world_size  # noqa: E402
+from vllm.logger import init_logger  # noqa: E402
+from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear  # noqa: E402
+from vllm.model_executor.layers.logits_processor import LogitsProcessor  # noqa: E402
+from vllm.model_executor.layers.rotary_embedding import get_rope  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader  # noqa: E402
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant  # noqa: E402
+from vllm.model_executor.models.llama import LlamaMLP  # noqa: E402
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix  # noqa: E402
+from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
+
+from ..model.configuration import PLTConfig  # noqa: E402
+from .vllm_carry import Carry  # noqa: E402
+
+logger = init_logger("vllm.parloop")
+
+
+class PLTGate(nn.Module):
+    """g = sigmoid(gate(x)) for the heads of this rank. Plain parameters: neither quantised, nor repacked for the CPU's kernels."""
+
+    def __init__(self, config: PLTConfig, num_heads: int):
+        super().__init__()
+        self.reads_hidden = config.plt_gate_use_hidden_states
+        inputs = config.hidden_size if self.reads_hidden else config.head_dim
+        self.weight = nn.Parameter(torch.zeros(num_heads, inputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_heads), requires_grad=False)
+        for parameter in (self.weight, self.bias):
+            set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
+        if self.reads_hidden:
+            self.gate_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x_ND: torch.Tensor, q_NHK: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x_ND: the layer's input before the layer's own norm.
+            q_NHK: the rotated query.
+
+        Returns:
+            g [N, H, 1].
+        """
+        if self.reads_hidden:
+            logits_NH = F.linear(self.gate_norm(x_ND), self.weight, self.bias)
+        else:
+            logits_NH = torch.einsum("nhk,hk->nh", q_NHK, self.weight) + self.bias
+        return logits_NH.sigmoid()[..., None]
+
+
+class PLTAttention(nn.Module):
+    """Attention of one layer for any loop: the same projections, gated global and local attention from loop 2 on."""
+
+    def __init__(self, config: PLTConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        ranks, R, w = get_tensor_model_parallel_world_size(), config.plt_num_loops, config.window_tokens
+        heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            raise ValueError(
+                f"tensor_parallel_size={ranks} does not divide {heads} heads and {kv_heads} key/value heads: choose one that "
+                f"divides the heads, and divides or is a multiple of the key/value heads."
+            )
+        self.num_heads, self.num_kv_heads = heads // ranks, max(1, kv_heads // ranks)
+        self.num_loops = R
+        quant_config = vllm_config.quant_config
+        bias = config.attention_bias
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            heads,
+            kv_heads,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            heads * self.head_dim, config.hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = get_rope(
+            self.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+        )
+
+        def attention(name: str, **options: Any) -> Attention:
+            return Attention(
+                self.num_heads,
+                self.head_dim,
+                self.head_dim**-0.5,
+                num_kv_heads=self.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=quant_config,
+                prefix=f"{prefix}.{name}",
+                **options,
+            )
+
+        self.attn = attention("attn")
+        if R > 1:
+            self.read = attention("read", kv_sharing_target_layer_name=f"{prefix}.attn")
+            # vLLM's window counts the token itself. A window of that token alone needs no keys.
+            self.windows = nn.ModuleList(
+                attention(f"window_loop{r + 1}", per_layer_sliding_window=w + 1) for r in range(1, R) if w > 0
+            )
+            self.plt_gate = PLTGate(config, self.num_heads)
+
+    def forward(
+        self, positions_N: torch.Tensor, normed_ND: torch.Tensor, x_ND: torch.Tensor, loop: int | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            positions_N: of the rows, in their requests.
+            normed_ND: the layer's input x_ND after the layer's norm.
+            loop: which loop the rows belong to; None: all loops, row after row of loop 1, then those of loop 2, ..
+        """
+        qkv, _ = self.qkv_proj(normed_ND)
+        H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
+        q, k, v = qkv.split([H * K, G * K, G * K], dim=-1)
+        q, k = self.rotary_emb(positions_N, q, k)
+        if loop == 0:
+            out = self.attn(q, k, v)
+        elif loop is not None:
+            out = self._later_loop(q, k, v, x_ND, range(loop, loop + 1))
+        else:
+            N = len(q) // self.num_loops
+            first = self.attn(q[:N], k[:N], v[:N])  # writes loop 1's new keys before the other rows read them
+            later = (
+                self._later_loop(q[N:], k[N:], v[N:], x_ND[N:], range(1, self.num_loops)) if self.num_loops > 1 else q[:0]
+            )
+            out = torch.cat((first, later))
+        out, _ = self.o_proj(out)
+        return out
+
+    def _later_loop(self, q, k, v, x_ND, loops: range) -> torch.Tensor:
+        """g * global + (1 - g) * local for rows of the loops 2..R: [rows, H * K]."""
+        H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
+        parts = list(zip(q.chunk(len(loops)), k.chunk(len(loops)), v.chunk(len(loops)), loops))
+        global_NHK = torch.cat([self.read(q_r, k_r, v_r) for q_r, k_r, v_r, _ in parts]).view(-1, H, K)
+        if len(self.windows) > 0:
+            local_NHK = torch.cat([self.windows[r - 1](q_r, k_r, v_r) for q_r, k_r, v_r, r in parts]).view(-1, H, K)
+        else:
+            local_NHK = v.reshape(-1, G, K).repeat_interleave(H // G, dim=1)
+        g_NH1 = self.plt_gate(x_ND, q.reshape(-1, H, K)).to(global_NHK.dtype)
+        return torch.lerp(local_NHK, global_NHK, g_NH1).flatten(1)
+
+
+class PLTDecoderLayer(nn.Module):
+    def __init__(self, config: PLTConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.self_attn = PLTAttention(config, vllm_config, f"{prefix}.self_attn")
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=vllm_config.quant_config,
+            bias=config.mlp_bias,
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, residual_ND: torch.Tensor | None, loop: int | None):
+        """x + residual is the layer's input and output, as in vLLM's Llama: the norms add the two in one kernel."""
+        if residual_ND is None:
+            residual_ND, normed_ND = x_ND, self.input_layernorm(x_ND)
+        else:
+            normed_ND, residual_ND = self.input_layernorm(x_ND, residual_ND)
+        attended_ND = self.self_attn(positions_N, normed_ND, residual_ND, loop)
+        normed_ND, residual_ND = self.post_attention_layernorm(attended_ND, residual_ND)
+        return self.mlp(normed_ND), residual_ND
+
+
+class PLTModel(nn.Module):
+    """The stack and its loops."""
+
+    def __init__(self, config: PLTConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.config = config
+        self.layers: Any  # lists of modules
+        self.carries: Any
+        L, R, D = config.num_hidden_layers, config.plt_num_loops, config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, D, quant_config=vllm_config.quant_config, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = nn.ModuleList(PLTDecoderLayer(config, vllm_config, f"{prefix}.layers.{i}") for i in range(L))
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps)
+        attn = self.layers[0].self_attn
+        size = attn.head_dim * attn.attn.kv_cache_torch_dtype.itemsize // vllm_config.model_config.dtype.itemsize
+        names = [(f"{prefix}.layers", f"carry_loop{r + 1}") for r in range(R - 1)]
+        self.carries = nn.ModuleList(Carry(D, attn.num_kv_heads, size, L, name, vllm_config) for name in names)
+        # LoRA finds a row's adapter by its place in the step, so there each loop is a step of its own.
+        self.one_pass = vllm_config.lora_config is None and vllm_config.additional_config.get("plt_one_pass", True)
+
+    def forward(self, input_ids: torch.Tensor | None, positions_N: torch.Tensor, inputs_embeds: torch.Tensor | None = None):
+        e_ND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.one_pass and self._one_token():
+            return self._one_pass(e_ND, positions_N)
+        return self._loop_by_loop(e_ND, positions_N)
+
+    def _one_token(self) -> bool:
+        metadata = self.carries[0].metadata() if len(self.carries) else None
+        return metadata is not None and metadata[0].one_token
+
+    def _loop_by_loop(self, e_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        h_ND = self._stack(e_ND, positions_N, 0)
+        for loop, carry in enumerate(self.carries, start=1):
+            carry.write(h_ND)
+            h_ND = self._stack(self._combine(e_ND, carry.read(h_ND)), positions_N, loop)
+        return h_ND
+
+    def _one_pass(self, e_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """The loops of N tokens of N requests as R * N rows. Exact: loop r reads loop r-1 of the token before, which is cached."""
+        R, N = self.config.plt_num_loops, len(e_ND)
+        later = [self._combine(e_ND, carry.read(e_ND)) for carry in self.carries]
+        h_RND = self._stack(torch.cat((e_ND, *later)), positions_N.repeat(R), None).view(R, N, -1)
+        for carry, h_ND in zip(self.carries, h_RND):
+            carry.write(h_ND)
+        return h_RND[-1]
+
+    def _stack(self, x_ND: torch.Tensor, positions_N: torch.Tensor, loop: int | None) -> torch.Tensor:
+        """All layers, and the norm that follows every loop, or the last loop only."""
+        R = self.config.plt_num_loops
+        residual_ND: Any = None
+        for layer in self.layers:
+            x_ND, residual_ND = layer(positions_N, x_ND, residual_ND, loop)
+        if self.config.plt_normalize_per_loop or loop == R - 1:
+            return self.norm(x_ND, residual_ND)[0]
+        h_ND = x_ND + residual_ND
+        if loop is None:  # rows of all loops
+            N = len(h_ND) // R
+            h_ND = torch.cat((h_ND[:-N], self.norm(h_ND[-N:])))
+        return h_ND
+
+    def _combine(self, e_ND: torch.Tensor, shifted_ND: torch.Tensor) -> torch.Tensor:
+        """b = a * E + c * shift(h), the input of loops 2..R."""
+        a, c = self.config.plt_emb_scale, self.config.plt_hidden_scale
+        return (e_ND if a is None else a * e_ND) + (shifted_ND if c is None else c * shifted_ND)
+
+
+class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
+    """IQuestPLTCoderForCausalLM for vLLM."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr={".loop_gate_proj.": ".plt_gate."},
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        },
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        self.config: PLTConfig = vllm_config.model_config.hf_config
+        refuse_unsupported(vllm_config)
+        self.model = PLTModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
+        """[tokens] ids and positions of a step -> h_R [tokens, D]."""
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        mapper = self.hf_to_vllm_mapper
+        if self.config.plt_num_loops == 1:  # a looped checkpoint served with one loop
+            mapper = mapper | WeightsMapper(orig_to_new_substr={".plt_gate.": None, ".loop_gate_proj.": None})
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+        gates = {name for name, _ in self.named_parameters() if ".plt_gate." in name}
+        if gates and not gates & loaded:
+            logger.warning(
+                "The checkpoint has no gates: it was trained with one loop. It is served with %d, every gate an even blend of "
+                "global and local attention; expect worse text.",
+                self.config.plt_num_loops,
+            )
+            loaded |= gates
+        return loaded
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """
+    Raises:
+        ValueError: an option that would compute something else.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a PLT visits all layers once per loop, which vLLM's "
+            f"pipeline (each stage once per step) cannot do. Use --tensor-parallel-size."
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(parallel, name)}: vLLM splits no sliding windows over context ranks, and a "
+                f"PLT has them. Use --tensor-parallel-size."
+            )
+    if cache.kv_sharing_fast_prefill:
+        raise ValueError(
+            "--kv-sharing-fast-prefill skips layers that share another's cache during prefill. In a PLT these are the later "
+            "loops of every layer, which prompts need: leave it out."
+        )
+    if vllm_config.lora_config is not None and vllm_config.model_config.hf_config.plt_num_loops > 1:
+        logger.warning(
+            "LoRA is on: a decode step takes a pass per loop, since vLLM finds a row's adapter by its place in the step."
+        )
+    if vllm_config.compilation_config.mode:
+        logger.info("torch.compile leaves a PLT alone: decode steps and prompts take different ways through it.")
