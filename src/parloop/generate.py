@@ -42,15 +42,25 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
+    device = usable_device(device)
+    load_config(checkpoint)
+    model = load_part(AutoModelForCausalLM, checkpoint, "weights (model.safetensors)", dtype=dtype)
+    return model.to(device).eval()
+
+
+def usable_device(device: str) -> str:
+    """The device to use; of auto, a GPU if there is one.
+
+    Raises:
+        CheckpointError: there is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
         raise CheckpointError(f"device={device!r} is not there ({_first_line(error)}): use cpu or auto.") from error
-    load_config(checkpoint)
-    model = load_part(AutoModelForCausalLM, checkpoint, "weights (model.safetensors)", dtype=dtype)
-    return model.to(device).eval()
+    return device
 
 
 def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> Any:
