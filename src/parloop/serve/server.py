@@ -33,7 +33,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     if engine not in ENGINES:
         raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(ENGINES)}.")
     trained = load_config(checkpoint).plt_num_loops
-    loops, arguments = loop_count(loops, trained, arguments)
+    loops, overrides, arguments = loop_count(loops, trained, arguments)
     names = served_names(checkpoint, loops)
     console = Console(stderr=True, soft_wrap=True)
     if loops != trained:
@@ -43,7 +43,9 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
             style="yellow",
         )
     if engine == "vllm" or (engine == "auto" and vllm_version() is not None):
-        command = vllm_command(checkpoint, loops, names, arguments)
+        if loops != trained or overrides:
+            arguments = [*arguments, "--hf-overrides", json.dumps(overrides | {"plt_num_loops": loops})]
+        command = vllm_command(checkpoint, names, arguments)
         told = f"vLLM {vllm_version()} serves {checkpoint} with {loops} loops as {names[0]}"
         console.print(told, highlight=False, markup=False)
         run(command)
@@ -55,18 +57,20 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     )
     from .fallback import serve_with_transformers
 
+    if overrides:
+        raise ServeError(f"--hf-overrides {json.dumps(overrides)}: transformers' server takes the loop count only (--loops).")
     options = argparse.ArgumentParser(prog="parloop serve", add_help=False, allow_abbrev=False)
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
-    options.add_argument("--served-model-name", default=names[0])
+    options.add_argument("--dtype", default="auto")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--served-model-name", dest="name", default=names[0])
     known, rest = options.parse_known_args(arguments)
-    serve_with_transformers(
-        checkpoint, num_loops=loops, name=known.served_model_name, host=known.host, port=known.port, arguments=rest
-    )
+    serve_with_transformers(checkpoint, num_loops=loops, arguments=rest, **vars(known))
 
 
-def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, list[str]]:
-    """R, and the arguments with `--hf-overrides` that says so to vLLM."""
+def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:
+    """R, what `--hf-overrides` changes besides, and the other arguments."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--hf-overrides", default="{}")
     known, rest = options.parse_known_args(arguments)
@@ -76,15 +80,13 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
         raise ServeError(
             f'--hf-overrides {known.hf_overrides!r} is not JSON ({error}): {{"plt_num_loops": 1}} would be.'
         ) from error
-    given = overrides.get("plt_num_loops", overrides.pop("num_loops", None))
-    if loops is not None and given is not None and loops != given:
-        raise ServeError(f"--loops {loops}, but --hf-overrides says {given}: give one of the two.")
-    loops = next((n for n in (loops, given) if n is not None), trained)
+    given = [overrides.pop(name) for name in ("plt_num_loops", "num_loops") if name in overrides]
+    if loops is not None and given and loops != given[0]:
+        raise ServeError(f"--loops {loops}, but --hf-overrides says {given[0]}: give one of the two.")
+    loops = next((n for n in (loops, *given) if n is not None), trained)
     if type(loops) is not int or loops < 1:
         raise ServeError(f"loops={loops!r} must be an integer of at least 1.")
-    if loops != trained or overrides:
-        rest = [*rest, "--hf-overrides", json.dumps(overrides | {"plt_num_loops": loops})]
-    return loops, rest
+    return loops, overrides, rest
 
 
 def served_names(checkpoint: str, loops: int) -> list[str]:
@@ -93,7 +95,7 @@ def served_names(checkpoint: str, loops: int) -> list[str]:
     return list(dict.fromkeys((f"{name}@{loops}", name, checkpoint)))
 
 
-def vllm_command(checkpoint: str, loops: int, names: list[str], arguments: list[str]) -> list[str]:
+def vllm_command(checkpoint: str, names: list[str], arguments: list[str]) -> list[str]:
     """vLLM's own server on this checkpoint."""
     try:
         check_vllm_version()
