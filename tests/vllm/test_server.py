@@ -89,8 +89,8 @@ def argparse_source() -> str:
 def server(checkpoint):
     running = Server(
         checkpoint.folder,
-        "--num-gpu-blocks-override", "90", "--max-num-seqs", "8", "--max-num-batched-tokens", "128",
-        "--prefix-cache-retention-interval", "32", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--num-gpu-blocks-override", "56", "--max-num-seqs", "8", "--max-num-batched-tokens", "128",
+        "--prefix-cache-retention-interval", "32", "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
         log=checkpoint.folder / "server.log",
     )  # fmt: skip
     yield running.wait()
@@ -160,6 +160,7 @@ def test_a_tool_call_that_is_asked_for(server):
         "type": "function",
         "function": {
             "name": "weather",
+            "strict": True,
             "parameters": {
                 "type": "object",
                 "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from .. import TOO_OLD
 from ..errors import ServeError
 from ..generate import load_config
 from .plugin import check_vllm_version, vllm_version
@@ -57,8 +58,12 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     )
     from .fallback import serve_with_transformers
 
+    if TOO_OLD:
+        raise ServeError(TOO_OLD)
     if overrides:
-        raise ServeError(f"--hf-overrides {json.dumps(overrides)}: transformers' server takes the loop count only (--loops).")
+        raise ServeError(
+            f"--hf-overrides {json.dumps(overrides)}: transformers' server takes the loop count only (--loops)."
+        )
     options = argparse.ArgumentParser(prog="parloop serve", add_help=False, allow_abbrev=False)
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
