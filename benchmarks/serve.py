@@ -1,6 +1,7 @@
 """What a token costs when vLLM serves it: a plain Llama, R = 1, and R = 2 in one pass and as a pass per loop, side by side.
 
     python benchmarks/serve.py [--shape 600m] [--loops 1 2] [--requests 1 4 16] [--context 256] [--repeats N] [--compile]
+    python benchmarks/serve.py --kernel      the matrix products alone, by rows, with the kernel that vLLM uses on CPUs
 
 Run it in an environment of vLLM. All engines live in this process and take turns, a few steps each; weights are random. Printed are
 medians over repeats of the time of a decode step, which gives every request one token, and the ratio to R = 1 of the same turn with
@@ -79,6 +80,35 @@ def stop(llm: LLM) -> None:
         server.step()
 
 
+def kernel(shape: str, repeats: int) -> None:
+    """What a decode step's matrix products cost for more rows than one: no model and no scheduler beside them."""
+    import torch
+    import vllm._custom_ops as ops
+
+    s = SHAPES[shape]
+    D, K = s["hidden_size"], s["head_dim"]
+    H, G, ffn = s["num_attention_heads"], s["num_key_value_heads"], s["intermediate_size"]
+    layer = [(D, (H + 2 * G) * K), (H * K, D), (D, 2 * ffn), (ffn, D)]
+    sizes = layer * s["num_hidden_layers"] + [(D, s["vocab_size"])]
+    weights = [ops.create_onednn_mm((torch.randn(o, i) * 0.02).bfloat16().t()) for i, o in sizes]
+    times: dict[int, list[float]] = {rows: [] for rows in (1, 2, 3, 4, 8, 16, 32)}
+    for turn in range(repeats + 1):
+        for rows, own in times.items():
+            x = {i: torch.randn(rows, i).bfloat16() for i, _ in sizes}
+            began = time.perf_counter()
+            for (i, _), weight in zip(sizes, weights):
+                ops.onednn_mm(weight, x[i], None)
+            if turn:
+                own.append(time.perf_counter() - began)
+    table = Table("rows", "ms", "to 1 row", title=f"{shape}: all matrix products of a step, bfloat16")
+    for rows, own in times.items():
+        ratios = sorted(a / b for a, b in zip(own, times[1]))
+        quarter = len(ratios) // 4
+        spread = f"({ratios[quarter]:.2f}..{ratios[-1 - quarter]:.2f})"
+        table.add_row(str(rows), f"{1000 * statistics.median(own):.1f}", f"{statistics.median(ratios):.2f} {spread}")
+    Console(width=110).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="600m")
@@ -91,7 +121,10 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile what it can (the Llama) and capture CUDA graphs"
     )
+    parser.add_argument("--kernel", action="store_true", help="only the matrix products, with their quartiles")
     arguments = parser.parse_args()
+    if arguments.kernel:
+        return kernel(arguments.shape, 3 * arguments.repeats)
 
     steps, turns = arguments.steps, arguments.repeats + 1
     length = arguments.context + steps * turns + 16

@@ -204,7 +204,7 @@ def test_compressed_tensors_leave_the_gates_alone(tmp_path):
     with engine(folder, dtype="bfloat16") as llm:
         layer = model_of(llm).model.layers[0]
         assert type(layer.mlp.down_proj.quant_method).__name__ == "CompressedTensorsLinearMethod"
-        assert layer.self_attn.plt_gate.weight.dtype == torch.bfloat16
+        assert layer.self_attn.plt_gate.weight.dtype == torch.float32
         assert 0 < mean_error(case, llm) < 0.1  # other answers are off by 3 and more
 
 

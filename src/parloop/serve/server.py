@@ -80,8 +80,8 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
     options.add_argument("--hf-overrides", default="{}")
     known, rest = options.parse_known_args(arguments)
     try:
-        overrides: dict[str, Any] = json.loads(known.hf_overrides)
-    except ValueError as error:
+        overrides = dict[str, Any](json.loads(known.hf_overrides))
+    except (TypeError, ValueError) as error:
         raise ServeError(
             f'--hf-overrides {known.hf_overrides!r} is not JSON ({error}): {{"plt_num_loops": 1}} would be.'
         ) from error

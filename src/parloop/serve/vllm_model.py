@@ -50,18 +50,19 @@ logger = init_logger("vllm.parloop")
 
 
 class PLTGate(nn.Module):
-    """g = sigmoid(gate(x)) for the heads of this rank. Plain parameters: neither quantised, nor repacked for the CPU's kernels."""
+    """g = sigmoid(gate(x)) for the heads of this rank. Plain parameters: neither quantised, nor repacked for the CPU's kernels. In
+    float32, which costs nothing at this size: bfloat16 products of so few columns are the slower ones on CPUs."""
 
     def __init__(self, config: PLTConfig, num_heads: int):
         super().__init__()
         self.reads_hidden = config.plt_gate_use_hidden_states
         inputs = config.hidden_size if self.reads_hidden else config.head_dim
-        self.weight = nn.Parameter(torch.zeros(num_heads, inputs), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(num_heads), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(num_heads, inputs, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32), requires_grad=False)
         for parameter in (self.weight, self.bias):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         if self.reads_hidden:
-            self.gate_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.gate_norm = nn.RMSNorm(inputs, eps=config.rms_norm_eps, dtype=torch.float32)
 
     def forward(self, x_ND: torch.Tensor, q_NHK: torch.Tensor) -> torch.Tensor:
         """
@@ -70,12 +71,12 @@ class PLTGate(nn.Module):
             q_NHK: the rotated query.
 
         Returns:
-            g [N, H, 1].
+            g [N, H, 1], float32.
         """
         if self.reads_hidden:
-            logits_NH = F.linear(self.gate_norm(x_ND), self.weight, self.bias)
+            logits_NH = F.linear(self.gate_norm(x_ND.float()), self.weight, self.bias)
         else:
-            logits_NH = torch.einsum("nhk,hk->nh", q_NHK, self.weight) + self.bias
+            logits_NH = torch.einsum("nhk,hk->nh", q_NHK.float(), self.weight) + self.bias
         return logits_NH.sigmoid()[..., None]
 
 

@@ -1,0 +1,130 @@
+"""`parloop serve`: which engine, which loop count, which names. What the engines then do is tested with them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import tiny_model
+
+from parloop.errors import ServeError
+from parloop.serve import plugin, server
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "coder"
+    tiny_model(plt_num_loops=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would replace the process, where vLLM 0.32.0 is installed."""
+    commands = []
+    monkeypatch.setattr(server, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.32.0")
+
+    def run(command):
+        commands.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(server, "run", run)
+    return commands
+
+
+def option(command: list[str], name: str) -> list[str]:
+    place = command.index(name) + 1
+    end = next((i for i in range(place, len(command)) if command[i].startswith("--")), len(command))
+    return command[place:end]
+
+
+def start(checkpoint, loops=None, *arguments):
+    with pytest.raises(SystemExit):
+        server.serve(str(checkpoint), loops, "auto", list(arguments))
+
+
+def test_as_trained(checkpoint, started):
+    start(checkpoint, None, "--port", "8001")
+    (command,) = started
+    assert command[0] == sys.executable
+    assert str(checkpoint) in command
+    assert "--hf-overrides" not in command
+    assert option(command, "--served-model-name") == ["coder@2", "coder", str(checkpoint)]
+    assert option(command, "--port") == ["8001"]
+
+
+@pytest.mark.parametrize(
+    ("loops", "arguments"),
+    [(1, []), (None, ["--hf-overrides", '{"plt_num_loops": 1}']), (None, ['--hf-overrides={"num_loops": 1}']), (1, ["--hf-overrides", '{"num_loops": 1}'])],
+)  # fmt: skip
+def test_the_loop_dial(checkpoint, started, loops, arguments, capsys):
+    start(checkpoint, loops, *arguments)
+    (command,) = started
+    assert json.loads(option(command, "--hf-overrides")[0]) == {"plt_num_loops": 1}
+    assert option(command, "--served-model-name")[0] == "coder@1"
+    assert "trained with 2" in capsys.readouterr().err
+
+
+def test_other_overrides_and_names_of_ones_own(checkpoint, started):
+    start(checkpoint, 2, "--hf-overrides", '{"max_position_embeddings": 512}', "--served-model-name=mine")
+    (command,) = started
+    assert json.loads(option(command, "--hf-overrides")[0]) == {"max_position_embeddings": 512, "plt_num_loops": 2}
+    assert not any(argument == "--served-model-name" for argument in command)
+
+
+@pytest.mark.parametrize(
+    ("loops", "engine", "arguments", "told"),
+    [
+        (0, "auto", [], "at least 1"),
+        (2, "auto", ["--hf-overrides", '{"plt_num_loops": 3}'], "give one of the two"),
+        (None, "auto", ["--hf-overrides", "plt"], "is not JSON"),
+        (None, "auto", ["--hf-overrides", "[1]"], "is not JSON"),
+        (None, "sglang", [], "auto, vllm, transformers"),
+        (None, "transformers", ["--hf-overrides", '{"vocab_size": 1}'], "loop count only"),
+    ],
+)
+def test_refused(checkpoint, started, loops, engine, arguments, told):
+    with pytest.raises(ServeError, match=told):
+        server.serve(str(checkpoint), loops, engine, arguments)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.8.5.post1", "0.34.0", "0.34.0rc1", "1.0.0"])
+def test_versions_of_vllm_that_do_not_fit(version, monkeypatch, checkpoint, started):
+    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
+    with pytest.raises(ImportError, match=rf"vLLM {version} is installed.*>= 0.32, < 0.34"):
+        plugin.check_vllm_version()
+    with pytest.raises(ServeError, match="is installed"):
+        server.serve(str(checkpoint), None, "vllm", [])
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.1.post2", "0.32.1rc1"])
+def test_versions_of_vllm_that_fit(version, monkeypatch):
+    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
+    plugin.check_vllm_version()
+
+
+def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):
+    monkeypatch.setattr(plugin, "vllm_version", lambda: None)
+    with pytest.raises(ServeError, match=r"pip install \"parloop\[vllm\]\""):
+        server.serve(str(checkpoint), None, "vllm", [])
+
+
+def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
+    """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
+    code = (
+        "import transformers; transformers.__version__ = '5.19.0'\n"
+        "import sys, parloop\n"
+        "from parloop import cli\n"
+        "assert 'parloop.model.modeling' not in sys.modules\n"
+        "parloop.PLTConfig()\n"
+        "try:\n    parloop.PLTForCausalLM\n"
+        "except ImportError as error:\n    assert 'transformers >= 5.23' in str(error)\n"
+        "else:\n    raise AssertionError\n"
+        "sys.argv = ['parloop', 'train', 'quick']\n"
+        "cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "needs transformers >= 5.23" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
