@@ -9,7 +9,7 @@ Both write and read the same cache, position by position, so chunked prompts, pr
 the scheduler's business alone. What the cache holds, in vLLM's layers:
 
     attn             loop 1's keys and values, of every token
-    read             nothing: later loops attend to loop 1's through it (vLLM's sharing of caches between layers)
+    read, read_all   nothing: later loops, or all at once, attend to loop 1's through them (vLLM's sharing between layers)
     window_loop r    loop r's own keys and values, of the last w tokens
     carry            loop r's state, which loop r + 1 reads one token later (vllm_carry.py)
 
@@ -17,7 +17,7 @@ Axes: N tokens of this step (or R * N rows), D hidden size, H query heads of thi
 prose, from 0 in code.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from vllm.config import VllmConfig  # noqa: E402
 from vllm.distributed import get_tensor_model_parallel_world_size  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update  # noqa: E402
 from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear  # noqa: E402
 from vllm.model_executor.layers.logits_processor import LogitsProcessor  # noqa: E402
@@ -47,6 +48,10 @@ from ..model.configuration import PLTConfig  # noqa: E402
 from .vllm_carry import Carry  # noqa: E402
 
 logger = init_logger("vllm.parloop")
+
+Rows = Sequence[torch.Tensor]  # one tensor per loop
+# Backends that write the cache apart from attention, and take any number of query heads per key head.
+READ_AT_ONCE = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
 
 
 class PLTGate(nn.Module):
@@ -112,9 +117,9 @@ class PLTAttention(nn.Module):
             self.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
 
-        def attention(name: str, **options: Any) -> Attention:
+        def attention(name: str, heads: int = self.num_heads, **options: Any) -> Attention:
             return Attention(
-                self.num_heads,
+                heads,
                 self.head_dim,
                 self.head_dim**-0.5,
                 num_kv_heads=self.num_kv_heads,
@@ -127,6 +132,10 @@ class PLTAttention(nn.Module):
         self.attn = attention("attn")
         if R > 1:
             self.read = attention("read", kv_sharing_target_layer_name=f"{prefix}.attn")
+            self.read_all: Attention | None = None
+            if self.attn.attn_backend.get_name() in READ_AT_ONCE:
+                heads_of_all = R * self.num_heads
+                self.read_all = attention("read_all", heads_of_all, kv_sharing_target_layer_name=f"{prefix}.attn")
             # vLLM's window counts the token itself. A window of that token alone needs no keys.
             self.windows = nn.ModuleList(
                 attention(f"window_loop{r + 1}", per_layer_sliding_window=w + 1) for r in range(1, R) if w > 0
@@ -146,31 +155,44 @@ class PLTAttention(nn.Module):
         H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = qkv.split([H * K, G * K, G * K], dim=-1)
         q, k = self.rotary_emb(positions_N, q, k)
-        if loop == 0:
+        if loop == 0 or self.num_loops == 1:
             out = self.attn(q, k, v)
         elif loop is not None:
-            out = self._later_loop(q, k, v, x_ND, range(loop, loop + 1))
+            out = self._mix(self.read(q, k, v), self._local([q], [k], [v], loop), q, x_ND)
         else:
             N = len(q) // self.num_loops
-            first = self.attn(q[:N], k[:N], v[:N])  # writes loop 1's new keys before the other rows read them
-            later = (
-                self._later_loop(q[N:], k[N:], v[N:], x_ND[N:], range(1, self.num_loops)) if self.num_loops > 1 else q[:0]
-            )
-            out = torch.cat((first, later))
+            q_r, k_r, v_r = q.split(N), k.split(N), v.split(N)
+            global_ = self._global(q, q_r, k_r, v_r)
+            later = self._mix(global_[N:], self._local(q_r[1:], k_r[1:], v_r[1:], 1), q[N:], x_ND[N:])
+            out = torch.cat((global_[:N], later))
         out, _ = self.o_proj(out)
         return out
 
-    def _later_loop(self, q, k, v, x_ND, loops: range) -> torch.Tensor:
+    def _global(self, q: torch.Tensor, q_r: Rows, k_r: Rows, v_r: Rows) -> torch.Tensor:
+        """Attention of all loops' rows over loop 1's keys, [R * N, H * K]. Loop 1's new keys are written first. If the backend can,
+        the loops are more heads of the same tokens, so that the cache is read once for all of them."""
+        R, H, G, K = self.num_loops, self.num_heads, self.num_kv_heads, self.head_dim
+        if self.read_all is None:
+            first = self.attn(q_r[0], k_r[0], v_r[0])
+            return torch.cat((first, *(self.read(*row) for row in zip(q_r[1:], k_r[1:], v_r[1:]))))
+        unified_kv_cache_update(k_r[0].reshape(-1, G, K), v_r[0].reshape(-1, G, K), self.attn.layer_name)
+        q_NGRhK = q.reshape(R, -1, G, H // G, K).permute(1, 2, 0, 3, 4)  # heads of a key head lie together
+        out_NGRhK = self.read_all(q_NGRhK.reshape(-1, R * H * K), k_r[0], v_r[0]).view(q_NGRhK.shape)
+        return out_NGRhK.permute(2, 0, 1, 3, 4).reshape(-1, H * K)
+
+    def _local(self, q_r: Rows, k_r: Rows, v_r: Rows, loop: int) -> torch.Tensor:
+        """Attention of the rows of `loop`, the next, .. over their own windows: [rows, H * K]."""
+        if len(self.windows) == 0:
+            heads = torch.cat(tuple(v_r)).unflatten(1, (self.num_kv_heads, -1))
+            return heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1).flatten(1)
+        windows = self.windows[loop - 1 :]
+        return torch.cat([window(*row) for window, row in zip(windows, zip(q_r, k_r, v_r))])
+
+    def _mix(self, global_: torch.Tensor, local: torch.Tensor, q: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
         """g * global + (1 - g) * local for rows of the loops 2..R: [rows, H * K]."""
-        H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
-        parts = list(zip(q.chunk(len(loops)), k.chunk(len(loops)), v.chunk(len(loops)), loops))
-        global_NHK = torch.cat([self.read(q_r, k_r, v_r) for q_r, k_r, v_r, _ in parts]).view(-1, H, K)
-        if len(self.windows) > 0:
-            local_NHK = torch.cat([self.windows[r - 1](q_r, k_r, v_r) for q_r, k_r, v_r, r in parts]).view(-1, H, K)
-        else:
-            local_NHK = v.reshape(-1, G, K).repeat_interleave(H // G, dim=1)
-        g_NH1 = self.plt_gate(x_ND, q.reshape(-1, H, K)).to(global_NHK.dtype)
-        return torch.lerp(local_NHK, global_NHK, g_NH1).flatten(1)
+        heads = (self.num_heads, self.head_dim)
+        g_NH1 = self.plt_gate(x_ND, q.unflatten(1, heads)).to(global_.dtype)
+        return torch.lerp(local.unflatten(1, heads), global_.unflatten(1, heads), g_NH1).flatten(1)
 
 
 class PLTDecoderLayer(nn.Module):
@@ -340,6 +362,15 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"--{name.replace('_', '-')} {getattr(parallel, name)}: vLLM splits no sliding windows over context ranks, and a "
                 f"PLT has them. Use --tensor-parallel-size."
             )
+    if getattr(vllm_config.quant_config, "kv_cache_scheme", None) is not None and cache.cache_dtype in (
+        "auto",
+        "fp8",
+        "fp8_e4m3",
+    ):
+        raise ValueError(
+            "The checkpoint brings scales for a cache in 8 bits, which the later loops' view of that cache would not get: use "
+            "--kv-cache-dtype bfloat16."
+        )
     if cache.kv_sharing_fast_prefill:
         raise ValueError(
             "--kv-sharing-fast-prefill skips layers that share another's cache during prefill. In a PLT these are the later "
