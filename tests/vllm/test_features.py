@@ -227,3 +227,13 @@ def test_tensor_parallel(changes, tmp_path, monkeypatch):
     case = Checkpoint(random_checkpoint(tmp_path / "c", **changes))
     with engine(case.folder, tensor_parallel_size=2, enable_prefix_caching=True) as llm:
         check(case, llm)
+
+
+def test_calibrated_scales_of_the_cache_are_refused(checkpoint, tmp_path):
+    """The later loops read loop 1's cache through layers of their own, which would keep scales of 1."""
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    how = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}, "kv_cache_scheme": scheme}
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config | {"quantization_config": how}))
+    save_file(checkpoint.weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="--kv-cache-dtype bfloat16"), engine(tmp_path):
+        pass
