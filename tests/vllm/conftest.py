@@ -145,6 +145,14 @@ def random_checkpoint(folder: Path, **changes) -> Path:
             "self_attn.v_proj.weight": matrix(G * K, D), "self_attn.o_proj.weight": matrix(D, H * K),
             "mlp.gate_proj.weight": matrix(F_, D), "mlp.up_proj.weight": matrix(F_, D), "mlp.down_proj.weight": matrix(D, F_),
         }  # fmt: skip
+        if fields.get("attention_bias"):
+            layer |= {f"self_attn.{p}_proj.bias": torch.randn(n * K) * 0.3 for p, n in (("q", H), ("k", G), ("v", G))}
+        if fields.get("attention_output_bias", fields.get("attention_bias")):
+            layer["self_attn.o_proj.bias"] = torch.randn(D) * 0.3
+        if fields.get("mlp_bias"):
+            layer |= {f"mlp.{p}_proj.bias": torch.randn(n) * 0.3 for p, n in (("gate", F_), ("up", F_), ("down", D))}
+        if fields.get("qk_norm"):
+            layer |= {f"self_attn.{p}_norm.weight": 1 + 0.2 * torch.randn(K) for p in "qk"}
         if fields["plt_num_loops"] > 1:
             hidden = fields["plt_gate_use_hidden_states"]
             layer["self_attn.plt_gate.weight"] = matrix(H, D if hidden else K)

@@ -41,6 +41,10 @@ def test_loop_dial(checkpoint, loops):
             "plt_num_loops": 3,
         },  # a state longer than what the layers' pages hold
         {"num_hidden_layers": 5, "plt_num_loops": 2, "plt_normalize_per_loop": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"attention_bias": True, "attention_output_bias": False},  # Qwen2
+        {"attention_output_bias": True},
+        {"qk_norm": True, "plt_num_loops": 3, "plt_gate_use_hidden_states": False},  # Qwen3
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )

@@ -12,6 +12,10 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+NOT_RELEASED = {
+    "attention_output_bias": None,
+    "qk_norm": False,
+}  # fields of other families, and what they are in the release
 ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
 PRIVATE = ("_as_read", "_is_complete")  # attributes that are not fields
 
@@ -29,6 +33,10 @@ class PLTConfig(PreTrainedConfig):
         head_dim: K, size of a head. None means hidden_size // num_attention_heads.
         rope_parameters: RoPE base and scaling as transformers 5 names them. `rope_theta` and `rope_scaling`, the names
             in released files, are accepted and are what gets saved.
+        attention_bias: biases in the query, key and value projections, and in the output projection unless the next field says
+            otherwise.
+        attention_output_bias: a bias in the output projection. None means as attention_bias; Qwen2 has the first without it.
+        qk_norm: norm each head's query and key before RoPE, as Qwen3 does.
         plt_num_loops: R, how often the stack is run; `num_loops` is another name of it. 1 is the plain transformer: a looped
             checkpoint loaded so drops its gates, and would be saved without them. To only run fewer loops, use the
             `num_loops` of a call.
@@ -67,6 +75,8 @@ class PLTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     plt_num_loops: int = 2
@@ -107,6 +117,11 @@ class PLTConfig(PreTrainedConfig):
         """w: how many tokens before itself a token sees in loops 2..R (its own key is one more)."""
         return self.plt_window_size[0]
 
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
     def _divides(self, small: str, large: str) -> None:
         m, n = getattr(self, small), getattr(self, large)
         if not (isinstance(m, int) and isinstance(n, int) and m > 0 and n > 0 and n % m == 0):
@@ -144,8 +159,13 @@ class PLTConfig(PreTrainedConfig):
                 f"plt_gate_use_hidden_states={self.plt_gate_use_hidden_states!r} is not a known gate mode: use true "
                 f"(the gate reads the layer's normed input) or false (the gate reads the rotated query)."
             )
-        if not isinstance(self.plt_normalize_per_loop, bool):
-            raise ValueError(f"plt_normalize_per_loop={self.plt_normalize_per_loop!r} must be true or false.")
+        for name in ("plt_normalize_per_loop", "attention_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
+        if self.attention_output_bias not in (None, True, False):
+            raise ValueError(
+                f"attention_output_bias={self.attention_output_bias!r} must be true, false, or null for what attention_bias says."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not known to transformers: use 'silu', the released value.")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -184,6 +204,7 @@ class PLTConfig(PreTrainedConfig):
         if "_as_read" not in self.__dict__:
             return now
         as_read, baseline = self._as_read
+        as_read = {key: value for key, value in as_read.items() if key in now or key not in baseline}
         changed = {key: value for key, value in now.items() if key not in baseline or value != baseline[key]}
         if changed.keys() & {"rope_theta", "rope_scaling"}:  # never the old names beside the new ones
             as_read = {key: value for key, value in as_read.items() if key != "rope_parameters"}
@@ -200,6 +221,9 @@ class PLTConfig(PreTrainedConfig):
         form["rope_theta"] = rope.pop("rope_theta")
         form["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         form["torch_dtype"] = form.pop("dtype", None)
+        for name, absent in NOT_RELEASED.items():
+            if form.get(name) == absent:
+                form.pop(name, None)
         if self.architectures is not None:
             form["architectures"] = [ARCHITECTURE if name == "PLTForCausalLM" else name for name in self.architectures]
         return form

@@ -145,11 +145,8 @@ class PLTAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -157,7 +154,9 @@ class PLTAttention(nn.Module):
         self.q_proj = nn.Linear(D, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, D, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, D, bias=config.output_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         # One loop needs no gate, and a parameter without a gradient would stop DistributedDataParallel.
         self.plt_gate = PLTGate(config) if config.plt_num_loops > 1 else None
 
@@ -205,9 +204,10 @@ class PLTAttention(nn.Module):
     def project(self, normed_BND: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
         """Rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed input."""
         B, N, _ = normed_BND.shape
-        q = self.q_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(normed_BND).view(B, N, -1, self.head_dim).transpose(1, 2)
+        heads = (B, N, -1, self.head_dim)
+        q, k, v = (proj(normed_BND).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return *apply_rotary_pos_emb(q, k, *position_embeddings), v
 
     def _one_token(self, q, k, v, k1, v1, masks, cache, x_BRD, **kwargs) -> torch.Tensor:

@@ -14,6 +14,11 @@ def rms_norm(x, weight, eps):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
+def linear(x, W, name, biased):
+    y = x @ W[f"{name}.weight"].T
+    return y + W[f"{name}.bias"] if biased else y
+
+
 def rope(x, theta):
     """Rotate the pairs (i, i + K/2) of x [heads, T, K] by position * theta^(-2i/K)."""
     T, K = x.shape[1:]
@@ -41,7 +46,7 @@ def reference_forward(weights, config, ids, num_loops=None):
 
     Args:
         weights: name -> tensor, in the released names; their dtype is the dtype of the computation.
-        config: a mapping with the fields of a released `config.json` (no rope scaling, no biases).
+        config: a mapping with the fields of a released `config.json` (no rope scaling).
         ids: int64 [T].
         num_loops: R; default: the configuration's.
 
@@ -53,6 +58,8 @@ def reference_forward(weights, config, ids, num_loops=None):
     w, eps, theta = config["plt_window_size"][0], config["rms_norm_eps"], config["rope_theta"]
     a = 1.0 if config.get("plt_emb_scale") is None else config["plt_emb_scale"]
     c = 1.0 if config.get("plt_hidden_scale") is None else config["plt_hidden_scale"]
+    qkv_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    o_bias = qkv_bias if config.get("attention_output_bias") is None else config["attention_output_bias"]
 
     T = len(ids)
     distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]  # of query i from key j
@@ -68,9 +75,12 @@ def reference_forward(weights, config, ids, num_loops=None):
         for n in range(L):
             W = {name[len(p) :]: t for p in [f"model.layers.{n}."] for name, t in weights.items() if name.startswith(p)}
             normed = rms_norm(x, W["input_layernorm.weight"], eps)
-            q = (normed @ W["self_attn.q_proj.weight"].T).view(T, H, -1).transpose(0, 1)
-            k = (normed @ W["self_attn.k_proj.weight"].T).view(T, G, -1).transpose(0, 1)
-            v = (normed @ W["self_attn.v_proj.weight"].T).view(T, G, -1).transpose(0, 1)
+            q = linear(normed, W, "self_attn.q_proj", qkv_bias).view(T, H, -1).transpose(0, 1)
+            k = linear(normed, W, "self_attn.k_proj", qkv_bias).view(T, G, -1).transpose(0, 1)
+            v = linear(normed, W, "self_attn.v_proj", qkv_bias).view(T, G, -1).transpose(0, 1)
+            if config.get("qk_norm"):  # every head by itself
+                q = rms_norm(q, W["self_attn.q_norm.weight"], eps)
+                k = rms_norm(k, W["self_attn.k_norm.weight"], eps)
             q, k = rope(q, theta), rope(k, theta)
             if r == 1:
                 shared[n] = (k, v)
@@ -83,10 +93,10 @@ def reference_forward(weights, config, ids, num_loops=None):
                     logit = (q * W["self_attn.plt_gate.weight"][:, None]).sum(-1) + W["self_attn.plt_gate.bias"][:, None]
                 g = logit.sigmoid()[:, :, None]
                 out = g * attention(q, *shared[n], causal) + (1 - g) * attention(q, k, v, window)
-            x = x + out.transpose(0, 1).reshape(T, -1) @ W["self_attn.o_proj.weight"].T
+            x = x + linear(out.transpose(0, 1).reshape(T, -1), W, "self_attn.o_proj", o_bias)
             normed = rms_norm(x, W["post_attention_layernorm.weight"], eps)
-            ffn = F.silu(normed @ W["mlp.gate_proj.weight"].T) * (normed @ W["mlp.up_proj.weight"].T)
-            x = x + ffn @ W["mlp.down_proj.weight"].T
+            ffn = F.silu(linear(normed, W, "mlp.gate_proj", mlp_bias)) * linear(normed, W, "mlp.up_proj", mlp_bias)
+            x = x + linear(ffn, W, "mlp.down_proj", mlp_bias)
         final = rms_norm(x, weights["model.norm.weight"], eps)
         h = final if config.get("plt_normalize_per_loop", True) else x
         states.append(final)

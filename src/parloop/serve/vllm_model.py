@@ -100,19 +100,24 @@ class PLTAttention(nn.Module):
         self.num_heads, self.num_kv_heads = heads // ranks, max(1, kv_heads // ranks)
         self.num_loops = R
         quant_config = vllm_config.quant_config
-        bias = config.attention_bias
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             self.head_dim,
             heads,
             kv_heads,
-            bias=bias,
+            bias=config.attention_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            heads * self.head_dim, config.hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            heads * self.head_dim,
+            config.hidden_size,
+            bias=config.output_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
         )
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.rotary_emb = get_rope(
             self.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
@@ -154,6 +159,9 @@ class PLTAttention(nn.Module):
         qkv, _ = self.qkv_proj(normed_ND)
         H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = qkv.split([H * K, G * K, G * K], dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:  # every head by itself
+            q = self.q_norm(q.reshape(-1, H, K)).flatten(1)
+            k = self.k_norm(k.reshape(-1, G, K)).flatten(1)
         q, k = self.rotary_emb(positions_N, q, k)
         if loop == 0 or self.num_loops == 1:
             out = self.attn(q, k, v)
