@@ -23,7 +23,7 @@ app = App(
     help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
     version=__version__,
 )
-MODEL_VERBS = {"bench", "diagnose", "generate", "study", "train"}  # they need the model in transformers
+MODEL_VERBS = {"bench", "convert", "diagnose", "generate", "study", "train"}  # they need the model in transformers
 Many = Parameter(consume_multiple=True, negative=())
 
 
@@ -262,6 +262,74 @@ def diagnose(
         verdict = record["verdict"]
         console.print(f"[bold]{escape(verdict['headline'])}[/] {escape(verdict['sureness'])}\n", highlight=False)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command
+def convert(
+    source: Path,
+    /,
+    *,
+    out: Path,
+    to: str = "plt",
+    loops: int | None = None,
+    start: str = "exact",
+    window: int = 64,
+    hidden_scale: float | None = None,
+    gate_bias: float | None = None,
+    data: str | None = None,
+    samples: int = 8,
+) -> None:
+    """Turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a PLT that computes the same, to train it on; or a PLT into a dense model.
+
+    Every loop of the new PLT gives the source's logits, or nearly (see --start), until it is trained. Tensors, tokenizer, chat template
+    and generation settings are copied. What the source computes and a PLT cannot is refused.
+
+    Example: parloop convert Qwen3-0.6B --loops 2 --start open --out qwen3-plt
+
+    And back: parloop convert qwen3-plt --to dense --out qwen3
+
+    Parameters
+    ----------
+    source
+        Folder of a checkpoint in safetensors. (From the Hub: hf download OWNER/NAME --local-dir FOLDER.)
+    out
+        Folder to make.
+    to
+        plt, or dense: loop 1 of a PLT as a Llama, or as another family that has its options.
+    loops
+        How often the PLT runs its stack. Default: 2.
+    start
+        exact: the source's logits to 1e-5; gates that let nothing of the loops in, and that learn slowly. open: a little is let in, and the
+        change of the loss is printed; learns faster. See docs/upcycling.md.
+    window
+        Tokens before itself that a token sees in its own loop, from loop 2 on.
+    hidden_scale
+        c, the factor of the previous loop's state. Default: 0 for exact; for open 0.3 of the embedding's size.
+    gate_bias
+        What the gates start with: 0 is half window, half loop 1's cache; more is more cache. Default: 16 for exact, 4 for open.
+    data
+        Text to measure the loss on, as in `parloop diagnose`. Default: stdlib for the open start, none for the exact one.
+    samples
+        Rows of up to 512 tokens of that text. 0: do not measure. (Measuring loads the model; converting does not.)
+    """
+    from .convert import convert as run
+
+    console = _console()
+    done = run(
+        source, out, to=to, loops=loops, start=start, window=window, hidden_scale=hidden_scale, gate_bias=gate_bias, data=data,
+        samples=samples, console=console,
+    )  # fmt: skip
+    lines = [
+        f"{done.family} -> {done.config.model_type}: {done.weights_bytes / 1e9:.2f} GB of weights in {done.files} file(s)"
+    ]
+    if done.gate_bias is not None:
+        opening = f"c = {done.config.plt_hidden_scale:.4g}, gates at sigmoid({done.gate_bias:g})"
+        lines.append(f"loops: {done.config.plt_num_loops}, window {done.config.window_tokens} tokens, {opening}")
+    if done.loss is not None and done.source_loss is not None:
+        lines.append(
+            f"loss on the sample: {done.source_loss:.4f} -> {done.loss:.4f} nats per token ({done.loss - done.source_loss:+.4f})"
+        )
+    console.print("\n".join([*lines, f"model: {out}"]), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command

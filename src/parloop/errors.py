@@ -21,6 +21,10 @@ class CheckpointError(ParloopError, ValueError):
     """A checkpoint that cannot be loaded."""
 
 
+class ConvertError(ParloopError, ValueError):
+    """A checkpoint that cannot be converted."""
+
+
 class DiagnosisError(ParloopError, ValueError):
     """Something that cannot be diagnosed."""
 

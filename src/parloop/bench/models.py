@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoModelForCausalLM
 
+from ..convert import dense_config
 from ..errors import BenchError
 from ..generate import load_config, load_model
 from ..model.configuration import PLTConfig
@@ -63,14 +63,13 @@ def random_model(config: PLTConfig, dtype: torch.dtype, device: torch.device) ->
     return model.eval()
 
 
-def llama_twin(model: PLTForCausalLM) -> LlamaForCausalLM:
-    """transformers' own Llama on this model's weight tensors: no second copy."""
-    fields = {name: value for name, value in model.config.to_dict().items() if not name.startswith("plt_")}
-    config = LlamaConfig(**{name: value for name, value in fields.items() if name not in ("model_type", "auto_map")})
+def llama_twin(model: PLTForCausalLM) -> Any:
+    """transformers' own Llama, or the family that has this model's options, on its weight tensors: no second copy."""
+    config = dense_config(model.config)
     with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
+        llama = AutoModelForCausalLM.from_config(config)
     missing, _ = llama.load_state_dict(model.state_dict(), strict=False, assign=True)  # the gates are left over
-    llama.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.device)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(config).to(model.device)
     llama.set_attn_implementation(model.config._attn_implementation)
     assert not missing, missing
     assert not any(tensor.is_meta for tensor in itertools.chain(llama.parameters(), llama.buffers()))
