@@ -212,7 +212,7 @@ def browser():
     if not (BROWSER and DRIVER):
         if os.environ.get("PARLOOP_REQUIRE_BROWSER"):
             pytest.fail("no Chromium with chromedriver, and PARLOOP_REQUIRE_BROWSER is set")
-        pytest.skip("needs Chromium and chromedriver (Debian: chromium chromium-driver)")
+        pytest.skip("reports are not clicked through: install Chromium and chromedriver (Debian: chromium chromium-driver)")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

@@ -163,7 +163,7 @@ class PLTAttention(nn.Module):
             q = self.q_norm(q.reshape(-1, H, K)).flatten(1)
             k = self.k_norm(k.reshape(-1, G, K)).flatten(1)
         q, k = self.rotary_emb(positions_N, q, k)
-        if loop == 0 or self.num_loops == 1:
+        if loop == 0:
             out = self.attn(q, k, v)
         elif loop is not None:
             out = self._mix(self.read(q, k, v), self._local([q], [k], [v], loop), q, x_ND)
@@ -370,11 +370,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"--{name.replace('_', '-')} {getattr(parallel, name)}: vLLM splits no sliding windows over context ranks, and a "
                 f"PLT has them. Use --tensor-parallel-size."
             )
-    if getattr(vllm_config.quant_config, "kv_cache_scheme", None) is not None and cache.cache_dtype in (
-        "auto",
-        "fp8",
-        "fp8_e4m3",
-    ):
+    calibrated = getattr(vllm_config.quant_config, "kv_cache_scheme", None) is not None
+    if calibrated and cache.cache_dtype.startswith(("auto", "fp8")):
         raise ValueError(
             "The checkpoint brings scales for a cache in 8 bits, which the later loops' view of that cache would not get: use "
             "--kv-cache-dtype bfloat16."
