@@ -51,6 +51,62 @@ def test_gradient_checkpointing_changes_nothing_but_memory(R, use_reentrant):
     assert checkpointed_held < held / 2
 
 
+@pytest.mark.parametrize("layers", [False, True])
+def test_loops_are_recomputed_whole(layers):
+    """Alone, and with each layer recomputed within; the gradients are the same, and less is held."""
+    ids = random_ids(2, 40)
+    results = []
+    for loops in (False, True):
+        model = tiny_model(plt_num_loops=3).train()
+        if layers and loops:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.model.checkpoint_loops = loops
+        held = 0
+
+        def hold(tensor):
+            nonlocal held
+            held += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}, held))
+    (loss, gradients, held), (other_loss, other_gradients, other_held) = results
+    assert other_loss == pytest.approx(loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, atol=1e-12, rtol=1e-9)
+    assert other_held < held / 3
+
+
+def test_loops_are_not_recomputed_where_nothing_is_learnt():
+    model = tiny_model(plt_num_loops=2)
+    expected = model(random_ids(1, 9)).logits
+    model.model.checkpoint_loops = True
+    assert torch.equal(model(random_ids(1, 9)).logits, expected)
+    model.generate(random_ids(1, 9), max_new_tokens=3)
+
+
+def test_masks_are_laid_out_once():
+    """What the backward pass keeps of masks does not grow with layers or loops."""
+
+    def kept(layers, loops):
+        model = tiny_model(plt_num_loops=loops, num_hidden_layers=layers).train()
+        positions = torch.arange(96).remainder(40)[None]
+        sizes = {}
+
+        def hold(tensor):
+            if tensor.shape[-2:] == (96, 96):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            model(random_ids(1, 96), position_ids=positions)
+        return len(sizes)
+
+    assert kept(1, 1) == kept(3, 1) == kept(3, 3) == 1
+
+
 def test_training_mode_keeps_no_cache():
     model = tiny_model().train()
     assert model(random_ids(1, 4)).past_key_values is None

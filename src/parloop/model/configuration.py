@@ -15,7 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 NOT_RELEASED = {
     "attention_output_bias": None,
     "qk_norm": False,
-}  # fields of other families, and what they are in the release
+    "plt_trained_loops": None,
+}  # fields that released files do not have, and what they are there
 ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
 PRIVATE = ("_as_read", "_is_complete")  # attributes that are not fields
 
@@ -40,6 +41,7 @@ class PLTConfig(PreTrainedConfig):
         plt_num_loops: R, how often the stack is run; `num_loops` is another name of it. 1 is the plain transformer: a looped
             checkpoint loaded so drops its gates, and would be saved without them. To only run fewer loops, use the
             `num_loops` of a call.
+        plt_trained_loops: the loop counts that the model was trained at, for which the dial does not warn. None: R alone.
         plt_window_size: `[w, 0]`. In loops 2..R a token sees itself and the w tokens before it: w + 1 keys.
         plt_normalize_per_loop: apply the final norm after every loop, not only after the last.
         plt_emb_scale: a in `a * E + c * shift(h)`. None means 1.0.
@@ -56,6 +58,9 @@ class PLTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "loop_states", "loop_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_loops": "plt_num_loops"}
     default_theta = 500000.0
+    # What FSDP2 gathers together when transformers shards the model. The final norm and the head are left to the root: the norm runs
+    # once per loop, and the library would put it into one group with the head, which runs once.
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
 
     vocab_size: int = 75904
     hidden_size: int = 5120
@@ -80,6 +85,7 @@ class PLTConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     plt_num_loops: int = 2
+    plt_trained_loops: list[int] | None = None
     plt_window_size: list[int] = None  # type: ignore[assignment]  # filled in below
     plt_normalize_per_loop: bool = True
     plt_emb_scale: float | None = None
@@ -118,6 +124,11 @@ class PLTConfig(PreTrainedConfig):
         return self.plt_window_size[0]
 
     @property
+    def trained_loops(self) -> list[int]:
+        """The loop counts that the model was trained at."""
+        return list(self.plt_trained_loops or [self.plt_num_loops])
+
+    @property
     def output_bias(self) -> bool:
         """Whether the attention's output projection has a bias."""
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
@@ -143,6 +154,11 @@ class PLTConfig(PreTrainedConfig):
                 f"plt_num_loops={self.plt_num_loops!r} must be an integer of at least 1: 1 is the plain transformer, 2 the "
                 f"released model's loop count."
             )
+        counts = self.plt_trained_loops
+        if counts is not None and not (
+            isinstance(counts, (list, tuple)) and counts and all(type(n) is int and n >= 1 for n in counts)
+        ):
+            raise ValueError(f"plt_trained_loops={counts!r} must be a list of loop counts, each at least 1, or null.")
         window = self.plt_window_size
         is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(n) is int for n in window)
         if not is_pair or window[0] < 0 or window[1] != 0:

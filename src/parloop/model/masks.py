@@ -164,7 +164,7 @@ def plt_masks(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    masks["full"] = create_causal_mask(config, layer_idx=0, **shared)
+    masks["full"] = _laid_out(create_causal_mask(config, layer_idx=0, **shared), inputs_embeds, backend)
     if num_loops == 1:
         return masks
 
@@ -182,15 +182,22 @@ def plt_masks(
     elif T > 1 and backend in BANDED:
         held = 0 if past_key_values is None else min(past_key_values.get_seq_length(first_window), w)
         real = None if attention_mask is None else attention_mask[:, -(held + T) :]
-        mask = band_mask(B, T, w, held, real, document, device)
-        if backend == "eager":
-            dtype = inputs_embeds.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
-        masks["window"] = mask
+        masks["window"] = _laid_out(band_mask(B, T, w, held, real, document, device), inputs_embeds, backend)
     else:
         view: Any = WindowView(config)
         masks["window"] = create_sliding_window_causal_mask(view, layer_idx=first_window, **shared)
     return masks
+
+
+def _laid_out(mask: Any, inputs_embeds: torch.Tensor, backend: str) -> Any:
+    """A mask of eager and sdpa as what is added to scores, once for all layers and loops. (sdpa would turn one of bools into
+    this at every visit of a layer, and in training keep each for the backward pass: T * T numbers per visit.)"""
+    if backend not in BANDED or mask is None or mask.dtype != torch.bool or mask.shape[2] == 1:
+        return mask
+    device = inputs_embeds.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype  # of the queries
+    out_of_sight = torch.finfo(dtype).min if backend == "eager" else -torch.inf
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, out_of_sight)
 
 
 def band_block(w: int) -> int:

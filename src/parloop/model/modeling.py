@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -345,7 +346,8 @@ class PLTModel(PLTPreTrainedModel):
         self.layers = nn.ModuleList([PLTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PLTRotaryEmbedding(config)  # type: ignore[arg-type]
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # of each visit of a layer, see gradient_checkpointing_enable()
+        self.checkpoint_loops = False  # of whole loops: set it to keep only what is between loops for the backward pass
         self._told: set[int] = set()
         self.post_init()
 
@@ -458,6 +460,10 @@ class PLTModel(PLTPreTrainedModel):
             else:
                 shifted_BND = self._shift(states[-1], loop - 1, num_loops, masks, past_key_values)
                 x_BND = self._combine(e_BTD[:, -shifted_BND.shape[1] :], shifted_BND)
+            if self.checkpoint_loops and self.training:
+                x_BND, k1, v1 = checkpoint(self._stack, x_BND, k1, v1, loop, call, use_reentrant=False)
+                states.append(self._after_loop(x_BND, loop, num_loops))
+                continue
             for i, layer in enumerate(self.layers):
                 told = call
                 if loop > 0 and keep is not None and past_key_values is not None:
@@ -472,6 +478,13 @@ class PLTModel(PLTPreTrainedModel):
                 x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, **told)
             states.append(self._after_loop(x_BND, loop, num_loops))
         return states
+
+    def _stack(self, x_BTD: torch.Tensor, k1: list, v1: list, loop: int, call: dict):
+        """All layers of one loop over all tokens."""
+        k1, v1 = list(k1), list(v1)
+        for i, layer in enumerate(self.layers):
+            x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, **call)
+        return x_BTD, k1, v1
 
     def _tail_call(self, x_BND: torch.Tensor, view: TailView, masks, position_embeddings, position_ids, **call) -> dict:
         N = x_BND.shape[1]
@@ -527,16 +540,15 @@ class PLTModel(PLTPreTrainedModel):
         cache.update_conv_state(h_BTD.transpose(1, 2), index, conv_kernel_size=1)
 
     def _loop_count(self, num_loops: int | None) -> int:
-        trained = self.config.plt_num_loops
-        if num_loops is None or num_loops == trained:
-            return trained
+        if num_loops is None or num_loops == self.config.plt_num_loops:
+            return self.config.plt_num_loops
         if not isinstance(num_loops, int) or num_loops < 1:
             raise ValueError(f"num_loops={num_loops!r} must be an integer of at least 1.")
-        if not torch.compiler.is_compiling() and num_loops not in self._told:
+        trained = self.config.trained_loops
+        if num_loops not in trained and not torch.compiler.is_compiling() and num_loops not in self._told:
             self._told.add(num_loops)
             warnings.warn(
-                f"num_loops={num_loops}, but this model was trained with {trained}: expect worse text unless it was trained "
-                f"at several loop counts.",
+                f"num_loops={num_loops}, but this model was trained with {' and '.join(map(str, trained))}: expect worse text.",
                 stacklevel=2,
             )
         return num_loops
