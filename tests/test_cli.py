@@ -9,6 +9,7 @@ from rich.console import Console
 
 from parloop import cli
 from parloop.corpus.corpus import Corpus
+from parloop.errors import RecipeError
 from parloop.report.terminal import progress_bars
 
 
@@ -52,17 +53,12 @@ def test_the_default_folder_of_a_study_follows_the_source(monkeypatch):
 
     def stop(recipe, folder, **_):
         folders.append((recipe.source, str(folder)))
-        raise cli.RecipeError("stop")
+        raise RecipeError("stop")
 
     monkeypatch.setattr("parloop.study.run_study", stop)
     for arguments in (["src/"], ["--source", "src/"], []):
         run(monkeypatch, "study", *arguments)
     assert folders == [("src/", "runs/study-quick-src")] * 2 + [("stdlib", "runs/study-quick")]
-
-
-def test_num_loops_of_a_study(monkeypatch, capsys):
-    assert run(monkeypatch, "study", "--num-loops", "7") == 2
-    assert "use --loops 7" in capsys.readouterr().err
 
 
 def test_the_recorded_command_can_be_pasted(monkeypatch, tmp_path):
@@ -99,9 +95,9 @@ def test_run_has_a_help(monkeypatch, capsys):
 
 
 def test_a_bar_of_a_run_with_brackets_in_its_name():
-    from parloop.train.pretrain import _BarCallback
+    from parloop.train.trainer import BarCallback
 
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with progress_bars(console) as progress:
-        _BarCallback(progress, cli.Recipe(), "run[/y]")
+        BarCallback(progress, "run[/y]: R = 2", 10)
     assert "run[/y]: R = 2" in console.export_text()

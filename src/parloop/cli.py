@@ -4,7 +4,6 @@ import dataclasses
 import os
 import runpy
 import sys
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,36 +13,49 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import TOO_OLD, __version__
-from .errors import CheckpointError, ParloopError, RecipeError
+from .errors import CheckpointError, ParloopError
 from .record import command_line
-from .train import Recipe
+from .train import ChatRecipe, Recipe, load_recipe
 
 app = App(
     name="parloop",
     help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
     version=__version__,
 )
-MODEL_VERBS = {"bench", "convert", "diagnose", "generate", "study", "train"}  # they need the model in transformers
+MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "study", "train"}  # they need the model in transformers
 Many = Parameter(consume_multiple=True, negative=())
 
 
-def _overrides() -> type:
-    """The recipe's fields as options that are None unless given."""
-    options = []
-    hints = typing.get_type_hints(Recipe)
-    for f in dataclasses.fields(Recipe):
-        kind = hints[f.name] if isinstance(hints[f.name], types.UnionType) else hints[f.name] | None
-        default = getattr(Recipe(), f.name)
-        shown = f"{f.metadata['doc']} [recipe default: {default}]"
-        parameter = Parameter(help=shown, group=RECIPE, consume_multiple=True, negative=(), show_default=False)
-        options.append((f.name, Annotated[kind, parameter], None))
-    made = dataclasses.make_dataclass("Overrides", options)
+def _overrides(*kinds: type, without: tuple[str, ...] = ()) -> type:
+    """The fields of these recipes as options that are None unless given."""
+    options: dict[str, tuple] = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            if f.name in options or f.name in without:
+                continue
+            hint = list[int] if f.name == "loops" else hints[f.name]
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            shown = f"{f.metadata['doc']} [default: {default}]"
+            group = CHAT if kind is ChatRecipe else RECIPE
+            parameter = Parameter(help=shown, group=group, consume_multiple=True, negative=(), show_default=False)
+            options[f.name] = (f.name, Annotated[hint | None, parameter], None)
+    made = dataclasses.make_dataclass("Overrides", list(options.values()))
     made.__module__ = __name__  # cyclopts takes classes of the standard library for plain values
     return made
 
 
+def _given(overrides: Any) -> dict[str, Any]:
+    given = {name: value for name, value in vars(overrides).items() if value is not None}
+    if len(given.get("loops", ())) == 1:
+        given["loops"] = given["loops"][0]
+    return given
+
+
 RECIPE = Group("Fields of the recipe, to override it", sort_key=2)
-Overrides: Any = _overrides()
+CHAT = Group("Fields of recipes for conversations", sort_key=3)
+Overrides: Any = _overrides(Recipe, ChatRecipe, without=("mixture",))
+StudyOverrides: Any = _overrides(Recipe, without=("mixture", "loops", "init_from"))
 
 
 @app.command
@@ -53,33 +65,74 @@ def train(
     *,
     output: Path | None = None,
     fresh: bool = False,
+    plan: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
 ) -> None:
-    """Train a model as a recipe says. Run it again to continue after an interruption.
+    """Train a model on text, or fine-tune one on conversations, as a recipe says. Run it again to continue after an interruption.
 
-    Example: parloop train recipes/quick.yaml --num-loops 2 --learning-rate 2e-3
+    Example: parloop train quick --loops 2 --learning-rate 2e-3
+
+    On several processes: torchrun --nproc-per-node 8 -m parloop train gpu
 
     Parameters
     ----------
     recipe
-        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu.
+        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu, loopcoder-v2-7b, chat, chat-lora.
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh
         Delete what the folder holds and start over.
+    plan
+        Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
-    from .train.pretrain import train as run
+    settings = load_recipe(recipe, **_given(overrides))
+    if plan:
+        from .report.terminal import plan_tables
+        from .train.plan import plan_of
 
-    settings = Recipe.load(recipe, **vars(overrides))
-    folder = output or Path("runs/train", f"{Path(recipe).stem}-r{settings.num_loops}")
-    result = run(settings, folder, fresh=fresh)
-    _console().print(
-        f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
-        f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
-        f"model: {folder}\nnext:  parloop generate {folder} 'def '",
-        highlight=False,
-        markup=False,
-    )
+        for part in plan_tables(plan_of(settings)):
+            _console().print(part, highlight=False)
+        return
+    counts = settings.loop_counts or []
+    folder = output or Path("runs/train", f"{Path(recipe).stem}" + ("-r" + "-".join(map(str, counts)) if counts else ""))
+    if isinstance(settings, ChatRecipe):
+        from .train.finetune import finetune
+
+        result = finetune(settings, folder, fresh=fresh)
+    else:
+        from .train.pretrain import train as pretrain
+
+        result = pretrain(settings, folder, fresh=fresh)
+    from .train.sharding import main_process
+
+    if main_process():
+        _console().print(
+            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
+            f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
+            f"model: {folder}\nnext:  parloop generate {folder} 'def '",
+            highlight=False,
+            markup=False,
+        )
+
+
+@app.command
+def export(checkpoint: Path, /, *, out: Path) -> None:
+    """Write a run's checkpoint, of one process or of many, as a model that any tool loads.
+
+    (A run that is finished has its model in its folder.)
+
+    Example: parloop export runs/train/gpu-r2/checkpoint-500 --out after-500-steps
+
+    Parameters
+    ----------
+    checkpoint
+        Folder checkpoint-N of a run.
+    out
+        Folder to make.
+    """
+    from .train.checkpoint import export as run
+
+    _console().print(f"model: {run(checkpoint, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command
@@ -93,7 +146,7 @@ def study(
     match: str = "tokens",
     output: Path | None = None,
     fresh: bool = False,
-    overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
+    overrides: Annotated[StudyOverrides, Parameter(name="*")] = StudyOverrides(),  # noqa: B008
 ) -> None:
     """Train one model per loop count under a matched protocol, and recommend a loop count.
 
@@ -122,12 +175,7 @@ def study(
     from .report.terminal import study_tables
     from .study import run_study
 
-    changes = {name: value for name, value in vars(overrides).items() if value is not None}
-    if "num_loops" in changes:
-        n = changes["num_loops"]
-        raise RecipeError(
-            f"a study compares loop counts, so --num-loops {n} says nothing to it: use --loops {n}, or several counts."
-        )
+    changes = _given(overrides)
     if source is not None:
         changes["source"] = source
     source = changes.get("source")
@@ -499,7 +547,8 @@ def main() -> None:
             raise ParloopError(TOO_OLD)
         app(passed_through(sys.argv[1:]))
     except ParloopError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, all have the same to say
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted. Run the same command again to continue.")

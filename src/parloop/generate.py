@@ -83,6 +83,27 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
         ) from error
 
 
+def local_folder(checkpoint: str | Path) -> Path:
+    """The folder with a checkpoint's files; of a Hub name, its files in the cache, downloaded if they are not there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(checkpoint), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub did not give it "
+            f"({_first_line(error)})."
+        ) from error
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 

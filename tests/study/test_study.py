@@ -236,8 +236,11 @@ def test_the_command_line(recipe, tmp_path):
 
     for arguments, message in (
         (["study", "no/such/folder"], "no such file or folder"),
-        (["study", "--preset", "huge"], "neither a file nor one of the shipped recipes (gpu, laptop, quick)"),
-        (["train", "quick", "--num-loops", "0"], "num_loops=0 must be at least 1"),
+        (
+            ["study", "--preset", "huge"],
+            "neither a file nor one of the shipped recipes (chat, chat-lora, gpu, laptop, loopcoder-v2-7b, quick)",
+        ),
+        (["train", "quick", "--loops", "0"], "loops=0 must be at least 1"),
         (["generate", "no/such/checkpoint"], "checkpoint 'no/such/checkpoint' cannot be loaded"),
     ):
         done = parloop(*arguments)
@@ -253,7 +256,7 @@ def test_flops_against_counted_matrix_products(recipe):
     from parloop.train.pretrain import build_model
 
     for n in (1, 2, 3):
-        model = build_model(Recipe(**(vars(recipe) | {"num_loops": n, "attention": "eager"})))
+        model = build_model(Recipe(**(vars(recipe) | {"loops": n, "attention": "eager"})))
         T = 64
         with FlopCounterMode(display=False) as counter:
             import torch
@@ -287,7 +290,7 @@ def test_memory_of_a_training_step_is_counted():
 def test_cache_and_memory_of_a_model(recipe):
     from parloop.train.pretrain import build_model
 
-    one, two = (build_model(Recipe(**(vars(recipe) | {"num_loops": n}))) for n in (1, 2))
+    one, two = (build_model(Recipe(**(vars(recipe) | {"loops": n}))) for n in (1, 2))
     assert cache_bytes_of(one, 32)["fixed"] == 0
     assert peak_training_bytes(two, 2, 32) > 1.5 * peak_training_bytes(one, 2, 32)
     assert math.isfinite(peak_training_bytes(one, 2, 32))

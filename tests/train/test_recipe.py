@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from parloop.errors import RecipeError
-from parloop.train import Recipe
+from parloop.train import ChatRecipe, Recipe, load_recipe
 from parloop.train.recipe import ALLOWED, BOUNDS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def test_round_trip(tmp_path):
-    recipe = Recipe(num_loops=3, learning_rate=1e-3, extensions=[".py", ".md"])
+    recipe = Recipe(loops=3, learning_rate=1e-3, extensions=[".py", ".md"])
     recipe.save(tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
 
 
 def test_overrides_win_and_none_does_not(tmp_path):
-    Recipe(num_loops=3, tokens=7000).save(tmp_path / "recipe.yaml")
-    recipe = Recipe.load(tmp_path / "recipe.yaml", num_loops=4, tokens=None)
-    assert (recipe.num_loops, recipe.tokens) == (4, 7000)
+    Recipe(loops=3, tokens=7000).save(tmp_path / "recipe.yaml")
+    recipe = Recipe.load(tmp_path / "recipe.yaml", loops=4, tokens=None)
+    assert (recipe.loops, recipe.tokens) == (4, 7000)
 
 
 def test_yaml_numbers_written_in_exponents(tmp_path):
@@ -34,10 +34,13 @@ def test_yaml_numbers_written_in_exponents(tmp_path):
     ("text", "message"),
     [
         ("learning_rat: 1", "unknown field 'learning_rat'. Did you mean 'learning_rate'"),
-        ("xyzzy: 1", "Known fields: source"),
-        ("num_loops: two", "num_loops='two' must be of type int: R, how often"),
-        ("num_loops: 1.5", "num_loops=1.5 must be of type int"),
-        ("num_loops: 0", "num_loops=0 must be at least 1"),
+        ("xyzzy: 1", "Known fields: .* source"),
+        ("num_loops: 2", "unknown field 'num_loops'. Did you mean 'loops'"),
+        ("loops: two", "loops='two' must be of type int or list: R, how often"),
+        ("loops: 1.5", "loops=1.5 must be of type int"),
+        ("loops: 0", "loops=0 must be at least 1"),
+        ("loops: []", r"loops=\[\] must be of type int or list"),
+        ("loops: [1, 0]", r"loops=\[1, 0\] must be at least 1"),
         ("compile: 1", "compile=1 must be of type bool"),
         ("gate: both", "gate='both' is unknown: use one of hidden, query"),
         ("num_attention_heads: 3", "num_attention_heads=3 must divide hidden_size=128"),
@@ -87,11 +90,64 @@ def test_scales_follow_from_the_initialisation():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    assert Recipe.load(path).steps > 100
+    recipe = load_recipe(path)
+    assert isinstance(recipe, ChatRecipe) if path.stem.startswith("chat") else recipe.steps > 100
+
+
+def test_several_loop_counts(tmp_path):
+    recipe = Recipe(loops=[2, 1])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml").loops == [2, 1]
+    assert (recipe.loop_counts, recipe.num_loops) == ([2, 1], 2)
+    assert recipe.plt_config().trained_loops == [2, 1]
+    assert recipe.plt_config().plt_num_loops == 2
+    assert Recipe(loops=2).plt_config().plt_trained_loops is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("a", "mixture='a' must be of type list"),
+        (["a"], "mixture=.* must be of type list"),
+        ([{"source": "a"}], "has the entry .*: each needs source and weight"),
+        ([{"source": "a", "weight": 1, "column": "x"}], "may have extensions, text_column, max_file_bytes"),
+        ([{"source": "a", "weight": 0}], "weight=0 of 'a' must be a number above 0"),
+        ([{"source": "a", "weight": "much"}], "weight='much' of 'a' must be a number"),
+        ([{"source": "a", "weight": 1, "extensions": ".py"}], "extensions='.py' of 'a' must be of type list"),
+    ],
+)
+def test_bad_mixtures(entry, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(mixture=entry)
+
+
+def test_streams_of_a_mixture_divide_a_step():
+    with pytest.raises(RecipeError, match="data_streams=8 must divide batch_size=12"):
+        Recipe(mixture=[{"source": "a", "weight": 1}], batch_size=12)
+    assert Recipe(batch_size=12).mixture == []
+
+
+def test_the_released_recipe_is_the_released_shape():
+    """Every field of the released configuration that training decides."""
+    config = Recipe.load("loopcoder-v2-7b").plt_config()
+    released = {
+        "num_hidden_layers": 14, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 76800, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False, "plt_num_loops": 2, "plt_window_size": [64, 0], "plt_normalize_per_loop": True,
+        "plt_gate_use_hidden_states": True, "plt_emb_scale": 0.707, "plt_hidden_scale": 0.053,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in released} == released
+    assert config.rope_parameters["rope_theta"] == 500000
+    recipe = Recipe.load("loopcoder-v2-7b")
+    text, *code = (part["weight"] for part in recipe.mixture)
+    assert text == pytest.approx(sum(code))
+    optimizer = (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon, recipe.weight_decay, recipe.max_grad_norm)
+    assert optimizer == (0.9, 0.95, 1e-15, 0.1, 1.0)
+    assert (recipe.learning_rate, recipe.warmup_share, recipe.tokens) == (4e-4, 0.05, 18e12)
 
 
 def test_bounds_name_fields():
     names = [name for group in BOUNDS.values() for name in group]
     assert len(names) == len(set(names))
-    assert set(names) < {f.name for f in fields(Recipe)}
+    assert set(names) < {f.name for kind in (Recipe, ChatRecipe) for f in fields(kind)}
     assert BOUNDS.keys() == ALLOWED.keys()

@@ -8,8 +8,12 @@ import glob
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..errors import SourceError
 
@@ -81,21 +85,123 @@ def fingerprint(source: str) -> list:
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
+def read_all(settings: Any) -> Iterator[Item]:
+    """All documents that a CorpusSettings names."""
+    return read(settings.source, settings.extensions, settings.text_column, settings.max_file_bytes)
+
+
 def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_bytes: int) -> Iterator[Item]:
     """All documents of a source, in an order that does not depend on the machine."""
     if source.startswith(HUB):
-        yield from _read_table(_open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
+        yield from _read_table(open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
     elif (table := table_files(source)) is not None:
         loader, files = table
         for path in files:
             yield from _read_table_file(path, loader, text_column, max_file_bytes)
     else:
-        single = Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
+        single = _is_single(source)
         for path in files_of(source):
             if extensions and not single and path.suffix not in extensions:
                 yield str(path), None, f"not {' or '.join(extensions)}"
             else:
                 yield _read_file(path, max_file_bytes)
+
+
+def read_dealt(
+    settings: Any, share: int, shares: int, order: np.random.Generator, place: Any = None
+) -> Iterator[tuple[Item, Callable[[], Any]]]:
+    """The documents of one share of a source, each with a function that tells the place after it.
+
+    Files are dealt by their number, and so are the files of tables if there are enough, and their rows if not.
+
+    Args:
+        settings: a CorpusSettings.
+        share, shares: which share, from 0, of how many.
+        order: files are read in an order drawn from it. It must be as it was when the place was taken. (Data sets of the Hub keep theirs.)
+        place: where to go on. None: at the beginning.
+    """
+    source, column, limit = settings.source, settings.text_column, settings.max_file_bytes
+    if source.startswith(HUB):
+        yield from _deal_hub(source, column, limit, share, shares, place)
+        return
+    table = table_files(source)
+    if table is None:
+        files = files_of(source)
+        if settings.extensions and not _is_single(source):
+            files = [path for path in files if path.suffix in settings.extensions]
+        files = [files[share::shares][i] for i in order.permutation(len(files[share::shares]))]
+        for number in range(place or 0, len(files)):
+            yield _read_file(files[number], limit), partial(int, number + 1)
+        return
+    loader, files = table
+    dealt = (share, shares)
+    if len(files) >= shares:
+        files, dealt = files[share::shares], (0, 1)
+    files = [files[i] for i in order.permutation(len(files))]
+    first, start, row = place or (0, None, 0)
+    for number in range(first, len(files)):
+        read_rows = _deal_lines if files[number].suffix == ".jsonl" else _deal_table
+        if number > first:
+            start, row = None, 0
+        try:
+            for item, after, count in read_rows(files[number], loader, column, limit, start, row, *dealt):
+                yield item, partial(_table_place, number, after, count)
+        except SourceError:
+            raise
+        except Exception:
+            yield (str(files[number]), None, f"unreadable as {loader}"), partial(_table_place, number + 1, lambda: None, 0)
+
+
+def _table_place(number: int, after: Callable[[], Any], row: int) -> list:
+    return [number, after(), row]
+
+
+def _deal_lines(path: Path, loader: str, column: str, limit: int, start: int | None, row: int, share: int, shares: int):
+    """Every `shares`-th row of a .jsonl file from a byte on: the item, a function that tells the next byte, and the next row's number."""
+    with open(path, "rb") as lines:
+        lines.seek(start or 0)
+        while line := lines.readline():
+            row += 1
+            if line.strip() and (row - 1) % shares == share:
+                item, columns = _read_line(line, f"{path}, line {row}", column, limit)
+                if columns and column not in columns:
+                    item = (item[0], None, f"no column {column!r}")
+                yield item, partial(int, lines.tell()), row
+
+
+def _deal_table(path: Path, loader: str, column: str, limit: int, start: Any, row: int, share: int, shares: int):
+    """The same of a file that `datasets` reads, whose place is its own."""
+    from datasets import load_dataset
+
+    rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
+    if start is not None:
+        rows.load_state_dict(start)
+    for values in rows:
+        if column not in values:
+            raise _no_column(column, values, path)
+        row += 1
+        if (row - 1) % shares == share:
+            yield _read_text(values[column], f"{path}, row {row - 1}", limit), rows.state_dict, row
+
+
+def _deal_hub(source: str, column: str, limit: int, share: int, shares: int, place: Any):
+    from datasets.distributed import split_dataset_by_node
+
+    rows = split_dataset_by_node(open_hub(source.removeprefix(HUB)), rank=share, world_size=shares)
+    row, start = place or (0, None)
+    if start is not None:
+        rows.load_state_dict(start)
+    for values in rows:
+        if column not in values:
+            raise _no_column(column, values, None)
+        row += 1
+        item = _read_text(values[column], f"share {share} of {shares}, row {row - 1}", limit)
+        yield item, lambda row=row: [row, rows.state_dict()]
+
+
+def _is_single(source: str) -> bool:
+    """Whether a source names files, whatever their endings."""
+    return Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
 
 
 def _read_file(path: Path, max_file_bytes: int) -> Item:
@@ -141,22 +247,25 @@ def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[I
     others: set[str] = set()
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            name = f"{path}, line {number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError:  # not JSON, or not UTF-8
-                yield name, None, "not JSON"
-                continue
-            if not isinstance(row, dict):
-                yield name, None, "not a row with columns"
-                continue
-            found |= text_column in row
-            others |= row.keys()
-            yield _read_text(row.get(text_column), name, max_file_bytes)
+            item, columns = _read_line(line, f"{path}, line {number}", text_column, max_file_bytes)
+            found |= text_column in columns
+            others |= columns
+            yield item
     if others and not found:
         raise _no_column(text_column, others, path)
+
+
+def _read_line(line: bytes, name: str, text_column: str, max_file_bytes: int) -> tuple[Item, set[str]]:
+    """The document in a line of JSON, and the columns that are there."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return (name, None, "not JSON"), set()
+    if not isinstance(row, dict):
+        return (name, None, "not a row with columns"), set()
+    return _read_text(row.get(text_column), name, max_file_bytes), set(row)
 
 
 def _no_column(text_column: str, columns: Iterable[str], file: Path | None) -> SourceError:
@@ -184,7 +293,7 @@ def _read_text(text: object, name: str, max_file_bytes: int) -> Item:
     return (name, text, "") if size <= max_file_bytes else (name, None, f"over {max_file_bytes:,} bytes")
 
 
-def _open_hub(name: str):
+def open_hub(name: str):
     """A streamed data set: NAME, NAME:CONFIG, each optionally followed by @SPLIT (default train)."""
     from datasets import load_dataset
 

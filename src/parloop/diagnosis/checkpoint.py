@@ -18,7 +18,7 @@ from ..corpus.sources import STDLIB
 from ..errors import CheckpointError, DiagnosisError
 from ..generate import load_model
 from ..record import environment, write_json
-from ..train.recipe import Recipe
+from ..train.recipe import Recipe, load_recipe
 from .diagnosis import diagnose
 from .lenses import LENSES
 from .tokens import token_view
@@ -45,7 +45,8 @@ def diagnose_checkpoint(
     """Diagnose one checkpoint.
 
     Args:
-        data: a source of text, as for training. Default: what the model's recipe.yaml trained on, or the standard library.
+        data: a source of text, as for training. Default: what the model's recipe.yaml trained on (of a mixture, the source with the
+            largest share), or the standard library.
             Of the text that a model was trained on, only its held-out documents are used.
         samples: rows, each from one document as far as there are enough.
         length: tokens per sample. Default: the recipe's, else 1024, at most the model's.
@@ -73,9 +74,13 @@ def diagnose_checkpoint(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
     recipe_file = Path(checkpoint, "recipe.yaml")
-    recipe = Recipe.load(recipe_file) if recipe_file.is_file() else None
-    own = recipe is not None and data in (None, recipe.source)
-    settings = recipe.corpus_settings() if recipe is not None and own else CorpusSettings(source=data or STDLIB)
+    recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
+    trained_on = sorted(recipe.sources, key=lambda part: -part["weight"]) if isinstance(recipe, Recipe) else []
+    parts = [part for part in trained_on if data in (None, part["source"])]  # of a mixture, the largest
+    own = bool(parts)
+    settings = (
+        recipe.corpus_settings(parts[0]) if isinstance(recipe, Recipe) and own else CorpusSettings(source=data or STDLIB)
+    )
     if extensions:
         settings = dataclasses.replace(settings, extensions=tuple(extensions))
     length = length or min(recipe.length if recipe else DEFAULT_LENGTH, longest)

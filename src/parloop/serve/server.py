@@ -33,15 +33,15 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     """
     if engine not in ENGINES:
         raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(ENGINES)}.")
-    trained = load_config(checkpoint).plt_num_loops
+    released = load_config(checkpoint)
+    trained = released.plt_num_loops
     loops, overrides, arguments = loop_count(loops, trained, arguments)
     names = served_names(checkpoint, loops)
     console = Console(stderr=True, soft_wrap=True)
-    if loops != trained:
+    if loops not in released.trained_loops:
+        trained_at = " and ".join(map(str, released.trained_loops))
         console.print(
-            f"{loops} loops, but this checkpoint was trained with {trained}: expect worse text unless it was trained at several "
-            f"loop counts.",
-            style="yellow",
+            f"{loops} loops, but this checkpoint was trained with {trained_at}: expect worse text.", style="yellow"
         )
     if engine == "vllm" or (engine == "auto" and vllm_version() is not None):
         if loops != trained or overrides:

@@ -49,7 +49,7 @@ def run_study(
     """Run a study into a folder, or continue it there.
 
     Args:
-        recipe: the protocol; its num_loops, tokens and seed are set by the study.
+        recipe: the protocol; its loops, tokens and seed are set by the study.
         loops: the loop counts to compare; default 1, 2, 3, 4.
         seeds: trainings per loop count.
         match: "tokens" or "compute".
@@ -109,7 +109,7 @@ def plan(recipe: Recipe, corpus: Corpus, loops: list[int], seeds: int, match: st
     for seed in range(recipe.seed, recipe.seed + seeds):
         for n in loops:
             tokens = recipe.tokens if match == "tokens" else round(recipe.tokens * mean / cost[n])
-            own = dataclasses.replace(recipe, num_loops=n, seed=seed, tokens=tokens)
+            own = dataclasses.replace(recipe, loops=n, seed=seed, tokens=tokens)
             runs.append({"name": f"r{n}-seed{seed}", "loops": n, "seed": seed, "recipe": own})
             runs[-1]["flops"] = cost[n] * own.steps * own.batch_size * own.length
     return runs

@@ -1,3 +1,3 @@
-from .recipe import Recipe
+from .recipe import ChatRecipe, Recipe, load_recipe
 
-__all__ = ["Recipe"]
+__all__ = ["ChatRecipe", "Recipe", "load_recipe"]

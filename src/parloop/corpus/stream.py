@@ -1,0 +1,358 @@
+"""Mixtures: several sources, streamed, shuffled and mixed by tokens, with a place in the data that can be saved.
+
+    documents of each source -> dealt to `streams` by their number -> shuffled in blocks -> the source that is most behind its
+    share of the tokens gives the next document -> rows of T tokens
+
+Everything follows from the seed and the place, so a stream that is restored goes on with the very next row: no document is seen twice
+within its source's epoch and none is skipped. Streams do not know of processes: a step takes as many rows of each, in a fixed order,
+and processes share the streams out, so another number of processes reads the same rows.
+
+A block of documents is read, shuffled and given out before the next one is read, which makes its place three numbers: where it
+begins, which one it is, and how many of it were given. (A reservoir that is refilled document by document would have to be saved whole.)
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import CheckpointError, SourceError
+from . import sources
+from .corpus import CorpusSettings, is_validation
+from .packing import collate, pack
+from .tokenizer import text_ids
+
+Place = Any  # where in a source a reader is: something that JSON can hold
+ENCODED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture, and its share of the tokens, relative to the others'."""
+
+    settings: CorpusSettings
+    weight: float
+
+
+@dataclass
+class Mixture:
+    """What is mixed, and how.
+
+    Attributes:
+        length: T, tokens per row.
+        streams: independent streams that documents are dealt to.
+        shuffle_documents: documents of a source and stream that are shuffled at a time.
+    """
+
+    parts: list[Part]
+    length: int
+    streams: int
+    shuffle_documents: int
+    seed: int = 0
+
+    def digest(self) -> str:
+        """Of what is read: names, sizes and times of files. Data sets of the Hub count by name only."""
+        known = [[part.settings.source, sources.fingerprint(part.settings.source)] for part in self.parts]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def sample_texts(self, max_bytes: int) -> Iterator[str]:
+        """Documents to train on, mixed by bytes, until `max_bytes`: for a tokenizer."""
+        readers = [_Dealt(part.settings, 0, 1, number, self.seed, 50) for number, part in enumerate(self.parts)]
+        given = [0.0] * len(self.parts)
+        while sum(given) < max_bytes:
+            number = min(range(len(given)), key=lambda i: given[i] / self.parts[i].weight)
+            _, text = readers[number].next()
+            if readers[number].epoch:  # everything was read
+                return
+            given[number] += len(text.encode("utf-8", "replace"))
+            yield text
+
+    def validation_texts(self, tokens_of: Callable[[str], int], tokens: int) -> list[tuple[str, str]]:
+        """(source, text) of held-out documents, of each source by its weight, about `tokens` in all."""
+        total, texts = sum(part.weight for part in self.parts), []
+        for part in self.parts:
+            wanted = tokens * part.weight / total
+            for _, text, _ in sources.read_all(part.settings):
+                if text is not None and _held_out(text, part.settings):
+                    texts.append((part.settings.source, text))
+                    wanted -= tokens_of(text)
+                    if wanted <= 0:
+                        break
+        return texts
+
+
+def _held_out(text: str, settings: CorpusSettings) -> bool:
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return is_validation(digest, settings.validation_share)
+
+
+class _Dealt:
+    """The documents of one source that one stream gets, epoch after epoch, in shuffled blocks."""
+
+    def __init__(self, settings: CorpusSettings, stream: int, streams: int, number: int, seed: int, block_size: int):
+        self.settings, self.stream, self.streams = settings, stream, streams
+        self.seed, self.number, self.block_size = seed, number, block_size
+        self.epoch = 0
+        self.block_number = -1  # of this epoch
+        self.block_place: Place = None  # where the block begins; None: at the epoch's beginning
+        self.given = 0  # documents of the block that were given out
+        self.left_out: Counter[str] = Counter()  # by reason, in blocks before this one
+        self.left_out_of_block: Counter[str] = Counter()
+        self.block: list[tuple[str, str]] = []
+        self.items: Iterator[tuple[sources.Item, Callable[[], Place]]] | None = None
+        self.next_place: Callable[[], Place] = lambda: None
+        self.found = False  # a document, in this epoch
+
+    def next(self) -> tuple[str, str]:
+        """(name, text) of the next document.
+
+        Raises:
+            SourceError: the source cannot be read, or has nothing for this stream.
+        """
+        while self.given >= len(self.block):
+            self._next_block()
+        self.given += 1
+        return self.block[self.given - 1]
+
+    def peek(self, count: int) -> list[tuple[str, str]]:
+        """Up to `count` documents that follow in this block."""
+        return self.block[self.given : self.given + count]
+
+    def _next_block(self) -> None:
+        place = self.next_place() if self.items is not None else self.block_place
+        self.left_out += self.left_out_of_block
+        self.block_number += 1
+        self._read_block(place)
+        if not self.block:  # the epoch is over
+            if not self.found:
+                raise SourceError(
+                    f"source {self.settings.source!r} has no document for stream {self.stream + 1} of {self.streams}: lower "
+                    f"data_streams, or give a source with more documents. Left out: {dict(self.left_out + self.left_out_of_block)}."
+                )
+            self.left_out += self.left_out_of_block
+            self.epoch, self.block_number, self.items, self.found = self.epoch + 1, 0, None, False
+            self._read_block(None)
+        self.given = 0
+
+    def _read_block(self, place: Place) -> None:
+        """Read and shuffle the block that begins at a place."""
+        self.block_place, self.left_out_of_block, self.block = place, Counter(), []
+        if self.items is None:
+            order = np.random.default_rng([self.seed, self.number, self.stream, self.epoch])
+            self.items = sources.read_dealt(self.settings, self.stream, self.streams, order, place)
+        self.next_place = lambda: place
+        for (name, text, reason), next_place in self.items:
+            self.next_place = next_place
+            if text is None:
+                self.left_out_of_block[reason] += 1
+            elif not _held_out(text, self.settings):
+                self.block.append((name, text))
+                if len(self.block) == self.block_size:
+                    break
+        if self.block:
+            # A generator of the Hub knows its place only until it goes on.
+            after = self.next_place()
+            self.next_place = lambda: after
+            self.found = True
+            rng = np.random.default_rng([self.seed, self.number, self.stream, self.epoch, self.block_number])
+            self.block = [self.block[i] for i in rng.permutation(len(self.block))]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "source": self.settings.source,
+            "epoch": self.epoch,
+            "block": self.block_number,
+            "place": self.block_place,
+            "given": self.given,
+            "left_out": dict(self.left_out),
+            "left_out_of_block": dict(self.left_out_of_block),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.block_number, self.found = state["epoch"], state["block"], True
+        self.left_out, self.items = Counter(state["left_out"]), None
+        if self.block_number >= 0:
+            self._read_block(state["place"])
+            self.given = state["given"]
+
+
+class Stream:
+    """One stream of a mixture: rows of T tokens without end."""
+
+    def __init__(self, mixture: Mixture, tokenizer: Any, number: int):
+        self.mixture, self.tokenizer, self.number = mixture, tokenizer, number
+        options = (number, mixture.streams)
+        self.parts = [
+            _Dealt(part.settings, *options, i, mixture.seed, mixture.shuffle_documents)
+            for i, part in enumerate(mixture.parts)
+        ]
+        self.ahead: list[list[np.ndarray]] = [[] for _ in self.parts]  # documents of each that are encoded already
+        self.tokens = [0] * len(self.parts)
+        self.documents = [0] * len(self.parts)
+        self.rest = np.zeros(0, dtype=np.int32)  # of the last document
+        self.rest_name = ""
+        self.rows = 0
+
+    def row(self) -> dict[str, Any]:
+        """The next row: input_ids and position_ids, int32 [T], and the names of its documents."""
+        T = self.mixture.length
+        pieces, names = ([self.rest], [self.rest_name]) if len(self.rest) else ([], [])
+        total = len(self.rest)
+        while total < T:
+            name, ids = self._document()
+            pieces.append(ids)
+            names.append(name)
+            total += len(ids)
+        over = total - T
+        last = pieces[-1]
+        self.rest, self.rest_name = last[len(last) - over :], names[-1]
+        pieces[-1] = last[: len(last) - over]
+        self.rows += 1
+        packed = pack(pieces, T)
+        return {"input_ids": packed["input_ids"][0], "position_ids": packed["position_ids"][0], "documents": names}
+
+    def _document(self) -> tuple[str, np.ndarray]:
+        i = min(range(len(self.parts)), key=lambda i: self.tokens[i] / self.mixture.parts[i].weight)
+        name, text = self.parts[i].next()
+        if not self.ahead[i]:
+            texts = [text, *(text for _, text in self.parts[i].peek(ENCODED_AT_ONCE - 1))]
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            encoded = text_ids(self.tokenizer, texts)
+            self.ahead[i] = [np.array([bos, *ids, eos], dtype=np.int32) for ids in reversed(encoded)]
+        ids = self.ahead[i].pop()
+        self.tokens[i] += len(ids)
+        self.documents[i] += 1
+        return name, ids
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "stream": self.number,
+            "rows": self.rows,
+            "tokens": list(self.tokens),
+            "documents": list(self.documents),
+            "rest": self.rest.tolist(),
+            "rest_name": self.rest_name,
+            "parts": [part.state() for part in self.parts],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.rows, self.tokens, self.documents = state["rows"], list(state["tokens"]), list(state["documents"])
+        self.rest, self.rest_name = np.array(state["rest"], dtype=np.int32), state["rest_name"]
+        for part, kept in zip(self.parts, state["parts"]):
+            part.restore(kept)
+
+
+@dataclass
+class StreamLoader:
+    """What a process trains on: the batches of its share of every step's rows.
+
+    Attributes:
+        batch_size: rows of a step, over all processes.
+        accumulation: batches that a process's rows of a step come in.
+        index, processes: which process this is, of how many.
+        prefetch: steps that a worker process reads ahead; 0: none, read where they are wanted.
+    """
+
+    mixture: Mixture
+    tokenizer: Any
+    batch_size: int
+    accumulation: int = 1
+    index: int = 0
+    processes: int = 1
+    prefetch: int = 4
+    states: dict[int, dict] = field(
+        default_factory=dict
+    )  # of this process's streams, after the last step that was given out
+
+    def __post_init__(self) -> None:
+        S, W = self.mixture.streams, self.processes
+        if S % W and W % S:
+            raise SourceError(f"data_streams={S} and {W} processes: one must be a multiple of the other.")
+        each = self.batch_size // W
+        first = self.index * each
+        per_stream = self.batch_size // S
+        self.own = sorted({row // per_stream for row in range(first, first + each)})
+        self.first, self.each, self.per_stream = first, each, per_stream
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        loader = DataLoader(
+            _Batches(self), batch_size=None, num_workers=1 if self.prefetch else 0, prefetch_factor=self.prefetch or None
+        )
+        for batch, states, error in loader:
+            if error is not None:
+                raise SourceError(error)
+            if states is not None:
+                self.states = states
+            yield batch
+
+    def steps(self) -> Iterator[tuple[list[dict[str, Any]], dict[int, dict]]]:
+        """This process's rows of each step, and the states of its streams after it."""
+        streams = {number: Stream(self.mixture, self.tokenizer, number) for number in self.own}
+        for number, state in self.states.items():
+            streams[number].restore(state)
+        while True:
+            rows = [(s * self.per_stream + n, streams[s].row()) for s in self.own for n in range(self.per_stream)]
+            mine = [row for place, row in rows if self.first <= place < self.first + self.each]
+            yield mine, {number: stream.state() for number, stream in streams.items()}
+
+    def save(self, folder: Path) -> None:
+        """The place of this process's streams; each stream's first process writes it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, state in self.states.items():
+            if self.first <= number * self.per_stream < self.first + self.each:
+                (folder / f"stream-{number:04}.json").write_text(json.dumps(state))
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a place that any number of processes saved.
+
+        Raises:
+            CheckpointError: it was saved with another number of streams.
+        """
+        there = sorted(folder.glob("stream-*.json"))
+        if len(there) != self.mixture.streams:
+            raise CheckpointError(
+                f"{str(folder)!r} holds the places of {len(there)} streams, but data_streams={self.mixture.streams}."
+            )
+        self.states = {number: json.loads(there[number].read_text()) for number in self.own}
+
+
+class _Batches(IterableDataset):
+    """Batches, the states after the step with its last one, and an error's text instead, which a worker could not raise legibly."""
+
+    def __init__(self, loader: StreamLoader):
+        self.loader = loader
+
+    def __iter__(self):
+        if torch.utils.data.get_worker_info() is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process cannot
+        size = self.loader.each // self.loader.accumulation
+        try:
+            for rows, states in self.loader.steps():
+                for start in range(0, len(rows), size):
+                    last = start + size == len(rows)
+                    yield collate(rows[start : start + size]), states if last else None, None
+        except SourceError as error:
+            yield None, None, str(error)
+
+
+def what_was_read(folder: Path) -> list[dict[str, Any]]:
+    """Of each source of a mixture, from the places that a checkpoint holds: tokens, documents, the furthest epoch, what was left out."""
+    read: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("stream-*.json")):
+        state = json.loads(path.read_text())
+        for i, part in enumerate(state["parts"]):
+            if len(read) <= i:
+                read.append({"source": part["source"], "tokens": 0, "documents": 0, "epochs": 0, "left_out": Counter()})
+            read[i]["tokens"] += state["tokens"][i]
+            read[i]["documents"] += state["documents"][i]
+            read[i]["epochs"] = max(read[i]["epochs"], part["epoch"] + 1)
+            read[i]["left_out"] += Counter(part["left_out"]) + Counter(part["left_out_of_block"])
+    return [entry | {"left_out": dict(entry["left_out"])} for entry in read]

@@ -1,0 +1,193 @@
+"""Checkpoints of a run: the same files whatever the number of processes, so that another number can go on from them.
+
+    checkpoint-N/model.safetensors          of one process; of several, each writes the shards that it holds, shard-*.safetensors
+                 optimizer/                 torch.distributed.checkpoint, each process its part
+                 scheduler.pt, rng_state*   transformers' own
+                 stream-*.json              where in the data each stream of a mixture is
+                 config.json, tokenizer
+                 trainer_state.json         written last: the checkpoint is whole
+
+Weights are safetensors. The optimizer's files are torch's own format and are meant for the run that wrote them; read no others.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import GenerationConfig
+from transformers.distributed.utils import gather_full_state_dict
+
+from ..errors import CheckpointError
+from .sharding import is_sharded, main_process
+
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
+OTHER_NAMES = [(".self_attn.plt_gate.", ".self_attn.loop_gate_proj.")]  # ours, and another one of released files
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters: independent of how they are grouped
+
+
+def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
+    with warnings.catch_warnings():  # torch tells a single process that it is one
+        warnings.filterwarnings("ignore", message=".*process group is not initialized.*|.*single process.*")
+        function(*arguments, **options)
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Weights and configuration; of a model with adapters, the adapters. Every process must call it."""
+    if _has_adapter(model):
+        model.save_pretrained(folder, is_main_process=main_process())
+    elif is_sharded(model):
+        folder.mkdir(parents=True, exist_ok=True)
+        dcp.save(_weights(model), storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+        if main_process():
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """The whole model as any tool loads it. Every process must call it; the first one writes, and holds all weights in memory."""
+    if not is_sharded(model):
+        model.save_pretrained(folder)
+        return
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {name: tensor for name, tensor in gather_full_state_dict(model).items() if name not in tied}
+    for name, tensor in state.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view: sizes that do not divide were padded
+            state[name] = tensor.clone()
+    if main_process():
+        save_torch_state_dict(state, folder, max_shard_size="50GB")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Read weights into a model, sharded or not, from safetensors of any number of files or processes. In place; dtypes are the
+    model's.
+
+    Raises:
+        CheckpointError: the files lack a weight, or cannot be read.
+    """
+    if _has_adapter(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        there: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {str(folder)!r} has no weights that can be read ({error}).") from error
+    state = {}
+    for name, tensor in _weights(model).items():
+        names = [name, *(name.replace(ours, theirs) for ours, theirs in OTHER_NAMES)]
+        found = next((candidate for candidate in names if candidate in there), None)
+        if found is None:
+            raise CheckpointError(f"checkpoint {str(folder)!r} has no weight {name}: it is of another model.")
+        shape = tuple(there[found].size)
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r}: {name} has shape {shape}, and the model {tuple(tensor.shape)}."
+            )
+        state[found] = tensor
+    _quiet(dcp.load, state, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def load_base(model: Any, folder: Path) -> None:
+    """Weights and generation settings of the checkpoint that a run goes on from."""
+    load_weights(model, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _has_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """Names to tensors, a tied matrix once."""
+    state: dict[str, Any] = get_model_state_dict(model)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
+    """Every process must call it."""
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    _quiet(dcp.save, {"optimizer": state}, checkpoint_id=str(folder / OPTIMIZER))
+    if main_process():
+        torch.save(scheduler.state_dict(), folder / SCHEDULER)
+
+
+def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
+    """Every process must call it."""
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    _quiet(dcp.load, {"optimizer": state}, checkpoint_id=str(folder / OPTIMIZER))
+    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_whole_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end. (Processes that are killed while they save leave half of
+    one, which is deleted here.) Call it from one process."""
+    folders = sorted(output.glob("checkpoint-*"), key=step_of, reverse=True)
+    for folder in folders:
+        try:
+            json.loads((folder / STATE).read_text())
+            return folder
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def export(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer.
+
+    Args:
+        checkpoint: checkpoint-N of a run, by any number of processes.
+        out: folder to make.
+
+    Raises:
+        CheckpointError: it is no whole checkpoint, or the folder is not empty.
+    """
+    from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
+
+    checkpoint, out = Path(checkpoint), Path(out)
+    if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
+        raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
+    scratch = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if list(checkpoint.glob("shard-*.safetensors")):
+        consolidate_distributed_checkpoint(checkpoint, scratch)
+        (weights,) = scratch.glob("*.safetensors")
+        weights.rename(scratch / "model.safetensors")
+        (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
+    apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|.*\.(pth|pt)")
+    for path in checkpoint.iterdir():
+        if path.is_file() and not apart.fullmatch(path.name):
+            shutil.copyfile(path, scratch / path.name)
+    if out.exists():
+        out.rmdir()
+    scratch.rename(out)
+    return out

@@ -1,0 +1,259 @@
+"""Fine-tuning on conversations: TRL's SFT trainer, full or with LoRA, on the assistant's tokens.
+
+A LoRA adapter is on the shared weights, so it acts in every loop. The run's folder ends up with the whole model, adapters merged into it,
+ready to be served; of a LoRA run also with `adapter/`, for those who keep the base and change adapters.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from ..corpus.chat import Chat, load_chat
+from ..errors import RecipeError
+from ..generate import load_config, load_model, load_part, local_folder
+from ..model.configuration import PLTConfig
+from .checkpoint import load_base, save_model, save_weights
+from .pretrain import MODEL_DONE, TRAINED_ON, close_run, curves, open_run, run
+from .recipe import ChatRecipe
+from .sharding import empty_model, start_processes, uses_bfloat16
+from .trainer import training_arguments
+
+ADAPTER = "adapter"
+
+
+def finetune(
+    recipe: ChatRecipe,
+    output: str | Path,
+    *,
+    console: Console | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe into a folder, or continue it there. On several processes, all of them call it.
+
+    Args:
+        on_step: called after every step with its number and loss; default: a progress bar on `console`.
+        fresh: delete what is in the folder and start over.
+
+    Returns:
+        what training.json holds: steps, conversations, tokens, seconds, the loss curve.
+
+    Raises:
+        RecipeError: TRL or peft is not installed; the folder holds another run; the recipe and the checkpoint do not fit.
+        SourceError: there are no conversations, or the checkpoint has no chat template.
+        CheckpointError: the checkpoint cannot be read.
+        TrainingDivergedError: the loss is not a number, or far above its start.
+    """
+    try:
+        import peft  # noqa: F401
+        from trl import SFTConfig
+
+        from .sft import PLTSFTTrainer
+    except ImportError as error:
+        raise RecipeError(f'fine-tuning needs TRL and peft ({error}): pip install "parloop[finetune]".') from error
+    output = Path(output)
+    state = start_processes(recipe)
+    main = state.is_main_process
+    console = console or Console(stderr=True, quiet=not main)
+    with state.main_process_first():
+        if main:
+            open_run(recipe, output, fresh)
+    if (output / MODEL_DONE).exists():
+        return json.loads((output / MODEL_DONE).read_text())
+
+    config = _config(recipe)
+    tokenizer = load_part(AutoTokenizer, recipe.model, "tokenizer (tokenizer.json)")
+    stop_ids = _stop_ids(config, tokenizer, local_folder(recipe.model))
+    with console.status("reading conversations"):
+        chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
+    _tell(chat, console)
+    kept = output / TRAINED_ON
+    if kept.exists() and json.loads(kept.read_text())["digest"] != chat.digest:
+        raise RecipeError(
+            f"chat={recipe.chat!r} has changed since the run in {str(output)!r} began: start over with --fresh, or choose another "
+            f"--output."
+        )
+    train_rows, validation_rows = (packed(rows, recipe) for rows in (chat.train, chat.validation))
+    steps = max(1, round(recipe.epochs * len(train_rows) / recipe.batch_size))
+    if len(train_rows) < recipe.batch_size:
+        raise RecipeError(
+            f"the conversations fill {len(train_rows)} rows of length={recipe.length}, and a step takes batch_size={recipe.batch_size}: "
+            f"lower batch_size or length, set packing: false, or give more conversations."
+        )
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.save(output / "recipe.yaml")
+
+    model = _model(recipe, config, state)
+    evaluates = bool(recipe.eval_every and len(validation_rows))
+    arguments = training_arguments(
+        recipe,
+        output,
+        steps,
+        state.num_processes,
+        eval_strategy="steps" if evaluates else "no",
+        packing=False,  # done already, into rows that stay rows
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        average_tokens_across_devices=True,
+    )
+    trainer = PLTSFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments),
+        train_dataset=train_rows.select(range(len(train_rows) - len(train_rows) % recipe.batch_size)),
+        eval_dataset=validation_rows.select(range(min(len(validation_rows), recipe.eval_rows))) if evaluates else None,
+        data_collator=Rows(recipe.length if recipe.packing else None, tokenizer.pad_token_id or 0),
+        processing_class=tokenizer,
+        peft_config=_lora(recipe) if recipe.lora_rank else None,
+    )
+    counts = config.trained_loops
+    trainer.loop_counts = counts if len(counts) > 1 else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="num_loops=")
+        run(
+            trainer,
+            output,
+            steps,
+            f"{output.name}: R = {' or '.join(map(str, counts))}",
+            console,
+            on_step,
+            {"digest": chat.digest},
+        )
+
+    tuned: Any = trainer.model
+    result = {
+        "steps": steps,
+        "conversations": chat.conversations,
+        "rows": len(train_rows),
+        "tokens": steps * recipe.batch_size * recipe.length,
+        "left_out": dict(chat.left_out),
+        "processes": state.num_processes,
+        "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+    } | curves(trainer, recipe.batch_size * recipe.length)
+    _save(tuned, recipe, output, tokenizer, state)
+    if main:
+        close_run(output, result)
+    state.wait_for_everyone()
+    return result
+
+
+def packed(rows: list[dict[str, list[int]]], recipe: ChatRecipe) -> Dataset:
+    """Conversations in rows of at most `length` tokens: input_ids, labels, seq_lengths."""
+    from trl import pack_dataset
+
+    data = Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
+    if not len(data):
+        return data
+    if recipe.packing:
+        return pack_dataset(data, seq_length=recipe.length, strategy="bfd")
+    return data.add_column("seq_lengths", [[len(row["input_ids"])] for row in rows])
+
+
+class Rows:
+    """Collates packed rows: input_ids, labels and position_ids [B, T], which start again with every conversation.
+
+    Padding comes last, each token of it a text of its own, so that nothing real sees it.
+    """
+
+    def __init__(self, length: int | None, pad: int):
+        self.length, self.pad = length, pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        T = self.length or max(len(row["input_ids"]) for row in rows)
+        ids, labels, positions = [], [], []
+        for row in rows:
+            missing = T - len(row["input_ids"])
+            ids.append(list(row["input_ids"]) + [self.pad] * missing)
+            starts = [i for size in row["seq_lengths"] for i in range(size)]
+            positions.append(starts + [0] * missing)
+            learnt = [-100 if place == 0 else label for label, place in zip(row["labels"], starts)]
+            labels.append(learnt + [-100] * missing)
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "position_ids": torch.tensor(positions)}
+
+
+def _config(recipe: ChatRecipe) -> PLTConfig:
+    config = load_config(recipe.model)
+    counts = recipe.loop_counts or config.trained_loops
+    if max(counts) != config.plt_num_loops:
+        raise RecipeError(
+            f"loops={recipe.loops}, but {recipe.model!r} has {config.plt_num_loops}: leave loops out, or make that the largest. For a "
+            f"model of more loops, parloop convert; for fewer, set plt_num_loops in its config.json."
+        )
+    if recipe.length > config.max_position_embeddings:
+        raise RecipeError(
+            f"length={recipe.length} is more than the {config.max_position_embeddings} tokens that {recipe.model!r} was made for."
+        )
+    config.plt_trained_loops = None if counts == [config.plt_num_loops] else list(counts)
+    config._attn_implementation = recipe.attention
+    return config
+
+
+def _model(recipe: ChatRecipe, config: PLTConfig, state: PartialState) -> Any:
+    model: Any = empty_model(config, recipe, state)
+    load_base(model, local_folder(recipe.model))
+    if recipe.lora_rank and uses_bfloat16(recipe) and state.num_processes == 1:
+        model.to(torch.bfloat16)  # frozen; adapters stay in float32
+    model.model.checkpoint_loops = recipe.gradient_checkpointing in ("loop", "both")
+    return model.train()
+
+
+def _lora(recipe: ChatRecipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # a float does
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(recipe.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
+    file = folder / "generation_config.json"
+    given = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    stops: set[int] = set()
+    for ids in (given, config.eos_token_id, tokenizer.eos_token_id):
+        stops |= set(ids) if isinstance(ids, (list, tuple)) else set() if ids is None else {ids}
+    return stops
+
+
+def _tell(chat: Chat, console: Console) -> None:
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in chat.left_out.most_common()) or "nothing"
+    console.print(
+        f"{chat.conversations:,} conversations: {len(chat.train):,} rows to train on, {len(chat.validation):,} held out. Left out: {left_out}",
+        highlight=False,
+        markup=False,
+    )
+    if not chat.stops:
+        console.print(
+            "The last token that is learnt of some turns does not end generation: the model may not learn to stop. Add it to "
+            "eos_token_id in generation_config.json, or let the chat template's {% generation %} block include the end of the turn.",
+            style="yellow",
+            markup=False,
+        )
+
+
+def _save(model: Any, recipe: ChatRecipe, output: Path, tokenizer: Any, state: PartialState) -> None:
+    """The whole model, in the dtype that the checkpoint has. Adapters are merged into it by one process, out of their own folder."""
+    if not recipe.lora_rank:
+        model.to(load_config(recipe.model).dtype or torch.float32)
+        save_model(model, output)
+    else:
+        save_weights(model, output / ADAPTER)
+    if recipe.lora_rank and state.is_main_process:
+        from peft import PeftModel
+
+        tokenizer.save_pretrained(output / ADAPTER)
+        base = load_model(recipe.model, "cpu")
+        PeftModel.from_pretrained(base, output / ADAPTER).merge_and_unload().save_pretrained(output)
+    if state.is_main_process:
+        tokenizer.save_pretrained(output)

@@ -1,0 +1,202 @@
+"""What a recipe will take, before it is run: parameters, FLOPs, memory of every GPU, days. The model is built on the meta device only.
+
+FLOPs are counted from the shape (model/flops.py). Memory is the sum of what a training step holds at its peak, from a list of what each
+layer keeps for its backward pass; `benchmarks/training_memory.py` holds both against measured runs. Peaks of a GPU's kernels and
+allocator come on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..model.configuration import PLTConfig
+from ..model.flops import training_flops_per_token
+from ..model.masks import band_block
+from ..model.modeling import PLTForCausalLM
+from .recipe import ChatRecipe, Recipe
+
+GPUS = (1, 8, 64, 512)
+PEAK_FLOPS = 989e12  # of an H100 or H200 in bfloat16, without sparsity
+UTILISATION = 0.4
+GPU_BYTES = 80e9
+ROOM = 0.85  # of them, for what is planned; the rest is for kernels and the allocator
+
+
+@dataclass
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        states: float32 weights, gradients and Adam's two moments, sharded.
+        gathered: weights in the computation's precision.
+        activations: what the forward pass keeps for the backward pass.
+        logits: what the loss holds, in several precisions.
+        recomputed: one layer, or one loop, run again in the backward pass.
+        gradients: sums over loops of the layers' gradients, before they are scattered.
+        loops: R.
+    """
+
+    states: float
+    gathered: float
+    activations: float
+    logits: float
+    recomputed: float
+    gradients: float
+    loops: int
+
+    @property
+    def total(self) -> float:
+        """At the worse of two moments: at the loss, when all activations are there; and when the last loop's backward pass ends,
+        whose activations are gone but all layers' gradients wait for the other loops'."""
+        at_loss = self.activations + max(self.logits, self.recomputed)
+        later = self.activations * (self.loops - 1) / self.loops + self.recomputed + self.gradients
+        return self.states + self.gathered + max(at_loss, later)
+
+
+def parameters(config: PLTConfig) -> dict[str, int]:
+    """Of the layers, the embedding, the head and the gates, and in all."""
+    with torch.device("meta"):
+        model = PLTForCausalLM(config)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.model.embed_tokens.weight.numel()
+    head = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
+    gates = sum(p.numel() for name, p in model.named_parameters() if "plt_gate" in name)
+    return {"layers": layers, "embedding": embedding, "head": head, "gates": gates, "total": total}
+
+
+def kept_per_token(config: PLTConfig, loop: int, norm: int = 2) -> float:
+    """Numbers that one visit of a layer keeps for its backward pass, per token.
+
+    Args:
+        loop: 1, or more: later loops attend twice and have gates.
+        norm: tensors of width D that a norm and what reads it keep: input and output with a fused kernel (GPUs), and the input
+            normed but not yet scaled besides without one (CPUs).
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    H, q = config.num_attention_heads, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    attention = 4 * q + H  # query, output (the projection's input), key and value for every head, log-sum-exp
+    mlp = 4 * F  # gate, its activation, up, their product
+    kept = 2 * norm * D + attention + mlp
+    if loop == 1:
+        return kept + 2 * kv  # what later loops read
+    w = config.window_tokens
+    bands = 2 * q * (1 + w / band_block(w)) if w else 0  # keys and values of the window, overlapping
+    gate = (norm - 1) * D + H if config.plt_gate_use_hidden_states else H
+    return kept + 3 * q + H + bands + gate  # folded query, both outputs, and what blends them
+
+
+def training_memory(
+    config: PLTConfig,
+    rows: int,
+    length: int,
+    *,
+    loops: int | None = None,
+    checkpointing: str = "none",
+    shards: int = 1,
+    gather: str = "step",
+    element: int = 2,
+    norm: int = 2,
+    adapters: int = 0,
+) -> Memory:
+    """Of one process.
+
+    Args:
+        rows: of a micro-batch of this process.
+        shards: processes that the states are divided among.
+        element: bytes of a number in the computation: 2 for bfloat16, 4 for float32.
+        norm: see kept_per_token.
+        adapters: parameters of LoRA adapters, which are then all that is trained.
+    """
+    R, L, D, V = loops or config.plt_num_loops, config.num_hidden_layers, config.hidden_size, config.vocab_size
+    kv = config.num_key_value_heads * config.head_dim
+    counted = parameters(config)
+    tokens = rows * length
+    first, later = (kept_per_token(config, loop, norm) for loop in (1, 2))
+    stream = D * tokens  # one state of the residual stream
+    keys = 2 * kv * L * tokens if R > 1 else 0  # loop 1's, which all later loops read
+    between = (norm + 1) * stream * R + stream * (R - 1)  # final norms, states of loops, their blends
+    visits = tokens * L * (first + (R - 1) * later)
+    largest = tokens * (later if R > 1 else first)
+    held = {
+        "none": visits,
+        "layer": R * L * stream + keys,
+        "loop": R * stream + keys,
+        "both": R * stream + keys,
+    }[checkpointing]
+    again = {"none": 0, "layer": largest, "both": L * stream + keys + largest, "loop": keys + L * largest}[checkpointing]
+    blocks = -(-length // band_block(config.window_tokens))
+    window = rows * blocks * band_block(config.window_tokens) * (config.window_tokens + band_block(config.window_tokens))
+    masks = rows * length * length + (window if R > 1 else 0)
+    # Logits in the computation's precision and in float32, log-probabilities, and the gradient of these.
+    logits = tokens * V * ((element if element < 4 else 0) + 12)
+    whole = element if shards > 1 else 0
+    layer = counted["layers"] / L
+    ends = counted["total"] - counted["layers"]
+    return Memory(
+        states=16 * counted["total"] / shards if not adapters else 4 * counted["total"] / shards + 16 * adapters,
+        gathered=whole * (counted["total"] if gather == "step" else ends + 2 * layer),
+        activations=element * (held + between + masks),
+        logits=logits,
+        recomputed=element * again + 4 * counted["head"],
+        gradients=0 if adapters else whole * (counted["layers"] if R > 1 else 2 * layer),
+        loops=R,
+    )
+
+
+def plan_of(recipe: Recipe | ChatRecipe) -> dict[str, Any]:
+    """Everything that `parloop train --plan` prints.
+
+    Raises:
+        RecipeError: the recipe describes no model.
+    """
+    if isinstance(recipe, ChatRecipe) or recipe.init_from is not None:
+        from ..generate import load_config
+
+        config = load_config(recipe.model if isinstance(recipe, ChatRecipe) else str(recipe.init_from))
+    else:
+        config = recipe.plt_config()
+    tokens = recipe.tokens if isinstance(recipe, Recipe) else None
+    chosen = max(recipe.loop_counts or [config.plt_num_loops])
+    counts = sorted({1, 2, 3, 4, chosen})
+    flops = {n: training_flops_per_token(config, recipe.length, n) for n in counts}
+    rows: list[dict[str, Any]] = []
+    for gpus in GPUS:
+        each = recipe.batch_size // gpus
+        if recipe.batch_size % gpus or gpus % recipe.replicas:
+            continue
+        for gather in ("step", "visit") if gpus > 1 else ("step",):
+            # Of the ways to split a GPU's rows, the one with the fewest passes that fits; or one row at a time.
+            for micro in sorted((n for n in range(1, each + 1) if each % n == 0), reverse=True):
+                memory = training_memory(
+                    config, micro, recipe.length, loops=chosen, checkpointing=recipe.gradient_checkpointing,
+                    shards=gpus // recipe.replicas, gather=gather, adapters=_adapters(recipe, config),
+                )  # fmt: skip
+                if memory.total <= GPU_BYTES * ROOM:
+                    break
+            rows.append({"gpus": gpus, "accumulation": each // micro, "rows": micro, "gather": gather, "memory": memory})
+    return {
+        "config": config,
+        "recipe": recipe,
+        "parameters": parameters(config),
+        "loops": chosen,
+        "steps": recipe.steps if isinstance(recipe, Recipe) else None,
+        "tokens": tokens,
+        "flops": flops,
+        "gpus": rows,
+        "days": {
+            gpus: {n: (tokens or 0) * flops[n] / (gpus * PEAK_FLOPS * UTILISATION) / 86400 for n in counts} for gpus in GPUS
+        },
+    }
+
+
+def _adapters(recipe: Recipe | ChatRecipe, config: PLTConfig) -> int:
+    """Parameters of the adapters that a recipe trains."""
+    if not isinstance(recipe, ChatRecipe) or not recipe.lora_rank:
+        return 0
+    with torch.device("meta"):
+        model = PLTForCausalLM(config)
+    linear = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in recipe.lora_targets]
+    return sum(recipe.lora_rank * (m.in_features + m.out_features) for m in linear)

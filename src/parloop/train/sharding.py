@@ -1,0 +1,139 @@
+"""The model on several processes: FSDP2 through transformers' own plan, and how often a looped model's weights travel.
+
+A process group comes from the launcher (torchrun or accelerate launch). FSDP2 keeps a shard of every weight on every process, gathers
+a layer's weights before it runs, and sums and scatters its gradient afterwards. A PLT visits every layer R times, so there are
+two ways:
+
+    gather: step    weights are gathered once and kept until the step's last backward pass. Traffic does not depend on R; every process
+                    has room for one copy of the weights in the computation's precision
+    gather: visit   weights are gathered for every visit, forward and backward, and freed after it: 2R times the traffic, and
+                    room for two layers
+
+The gradient of a weight is the sum over its R visits. Autograd sums them before FSDP2 sees them, so they are scattered once
+per step either way; until loop 1's backward pass, every process holds the sums of all layers.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.distributed import DistributedConfig
+
+from ..errors import RecipeError
+from ..model.configuration import PLTConfig
+from ..model.modeling import PLTForCausalLM, PLTRotaryEmbedding
+from .recipe import RunSettings
+
+
+def start_processes(settings: RunSettings) -> PartialState:
+    """This process among those that the launcher started; alone if there was none.
+
+    Raises:
+        RecipeError: there is no such device, or the batch cannot be divided among the processes.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device='cuda', but torch finds no GPU here: use --device cpu or auto.")
+    if settings.device == "cpu" and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError(
+            "device='cpu' with several processes on a machine with GPUs: hide them, CUDA_VISIBLE_DEVICES='' torchrun .."
+        )
+    state = PartialState(cpu=not uses_cuda(settings))
+    each = state.num_processes * settings.gradient_accumulation
+    if settings.batch_size % each:
+        raise RecipeError(
+            f"batch_size={settings.batch_size} cannot be divided by {state.num_processes} processes and "
+            f"gradient_accumulation={settings.gradient_accumulation}: choose a multiple of {each}."
+        )
+    if state.num_processes % settings.replicas:
+        raise RecipeError(f"replicas={settings.replicas} must divide the number of processes, {state.num_processes}.")
+    return state
+
+
+def uses_cuda(settings: RunSettings) -> bool:
+    return settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+
+
+def uses_bfloat16(settings: RunSettings) -> bool:
+    """On CPUs, bfloat16 autocast made steps of small models slower (docs/log.md)."""
+    wanted = settings.precision == "bfloat16"
+    return wanted or (settings.precision == "auto" and uses_cuda(settings) and torch.cuda.is_bf16_supported())
+
+
+def empty_model(config: PLTConfig, settings: RunSettings, state: PartialState) -> PLTForCausalLM:
+    """A model in float32 whose weights have no values yet; of several processes, each holds its shards only.
+
+    Give it values with `fill`, or with checkpoint.load_weights.
+    """
+    distributed = mesh = None
+    if state.num_processes > 1:
+        sizes = {"fsdp_size": state.num_processes // settings.replicas, "dp_replicate_size": settings.replicas}
+        distributed, _, mesh = PLTForCausalLM.prepare_distribute_model(
+            DistributedConfig(**sizes, fsdp_mixed_precision=uses_bfloat16(settings))
+        )
+    with torch.device("meta"):
+        model = PLTForCausalLM(config)
+    if mesh is not None:
+        style = "keep_full_weight" if settings.gather == "step" else "free_full_weight"
+        # Final norm and head stay with the root, which keeps what it has gathered: the norm runs once per loop, and fused losses
+        # read the head's weight without calling it. So does a tied matrix, which is used at both ends.
+        plan = {"model.layers.*": style} | ({} if config.tie_word_embeddings else {"model.embed_tokens": style})
+        model.fsdp_plan = plan  # type: ignore[misc]
+        model = PLTForCausalLM.maybe_distribute_model(model, distributed, mesh)
+        if settings.gather == "step":
+            model.set_reshard_after_backward(False)
+    device = state.device if mesh is not None else torch.device("cpu")
+    model.to_empty(device=device)
+    model.model.rotary_emb = PLTRotaryEmbedding(config).to(device)  # type: ignore[arg-type]  # computed, not loaded
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def fill(model: PLTForCausalLM, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy whole tensors, one after the other, into a model that may be sharded. Every process must come with the same values."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values:
+            target = parameters[name]
+            if isinstance(target, DTensor):
+                value = value.to(target.device)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(value)
+
+
+def free_gathered(model: torch.nn.Module) -> None:
+    """Go back to shards, which is where gradients are and what the optimizer changes.
+
+    Note: weights that stayed gathered would be used again in the next step, as they were before the optimizer's.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def main_process() -> bool:
+    """Whether this process is the first, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        PartialState().wait_for_everyone()
+
+
+def agreed(folder: Path | None) -> Path | None:
+    """What the first process says, on every process."""
+    if not dist.is_initialized():
+        return folder
+    said = [folder]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]

@@ -1,0 +1,240 @@
+"""transformers' Trainer for PLTs: loop counts by step, shards, checkpoints for any number of processes, and a stop for runs that are lost."""
+
+import json
+import math
+import random
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.progress import Progress
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
+
+from ..errors import TrainingDivergedError
+from .checkpoint import STATE, load_optimizer, load_weights, save_optimizer, save_weights
+from .recipe import RunSettings
+from .sharding import free_gathered, is_sharded, main_process, uses_bfloat16, uses_cuda
+
+
+class LoopedTraining:
+    """What a Trainer needs for a PLT; put it before Trainer, or a subclass of it, among the bases."""
+
+    loop_counts: list[int] | None = None  # several: another one at every step
+    stream: Any = None  # the loader of a mixture, whose place in the data is saved
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        arguments: TrainingArguments = kwargs["args"]
+        wanted = arguments.save_strategy
+        # Trainer refuses to save what it could not resume, the optimizer of a model that is sharded. Ours can be.
+        arguments.save_strategy = SaveStrategy.NO
+        super().__init__(*args, **kwargs)
+        arguments.save_strategy = wanted
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)  # type: ignore[attr-defined]
+        self.sharded = is_sharded(self.model)  # type: ignore[attr-defined]
+        self.first_loss: float | None = None
+        self.recent: deque[float] = deque(maxlen=20)
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.loop_counts is not None:
+            inputs = inputs | {"num_loops": drawn_loops(self.loop_counts, self.args.seed, self.state.global_step)}
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.sharded and self.accelerator.sync_gradients:
+            free_gathered(self.model)
+        self._stop_if_lost(loss.item() * self.args.gradient_accumulation_steps)
+        return loss
+
+    def _stop_if_lost(self: Any, value: float) -> None:
+        remedy = "Lower learning_rate, or lengthen warmup_share; the last checkpoint is kept."
+        if not math.isfinite(value):
+            raise TrainingDivergedError(f"the loss is {value} at step {self.state.global_step + 1}. {remedy}")
+        if self.first_loss is None:
+            self.first_loss = value
+        self.recent.append(value)
+        mean = sum(self.recent) / len(self.recent)
+        if len(self.recent) == self.recent.maxlen and mean > self.first_loss + 1.0:
+            raise TrainingDivergedError(
+                f"the loss diverges: {mean:.2f} nats on average over the last {len(self.recent)} steps, but "
+                f"{self.first_loss:.2f} at the start. {remedy}"
+            )
+
+    def get_train_dataloader(self: Any) -> Any:
+        return super().get_train_dataloader() if self.stream is None else self.stream  # type: ignore[misc]
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        # Adapters are matrices all, and torch cannot restore a group without parameters.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # Checkpoints
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            return super().save_model(output_dir)  # type: ignore[misc]
+        save_weights(self.model, Path(output_dir or self.args.output_dir))
+        if self.processing_class is not None and main_process():
+            self.processing_class.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        folder = Path(output_dir)
+        if self.stream is not None:  # before the optimizer, whose saving ends on all processes together
+            self.stream.save(folder)
+        save_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, folder)
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, Path(checkpoint))
+
+
+class PLTTrainer(LoopedTraining, Trainer):
+    """Trains a PLT on packed rows."""
+
+
+def drawn_loops(counts: list[int], seed: int, step: int) -> int:
+    """The loop count of a step. It depends on nothing else, so that all processes and resumed runs agree."""
+    return counts[0] if len(counts) == 1 else random.Random(f"{seed}-{step}").choice(counts)
+
+
+def training_arguments(settings: RunSettings, output: Path, steps: int, processes: int = 1, **more: Any) -> dict[str, Any]:
+    """The fields of TrainingArguments (of transformers or of TRL) that settings give."""
+    rows = settings.batch_size // processes
+    cuda = uses_cuda(settings)
+    layers = settings.gradient_checkpointing in ("layer", "both")
+    return {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": rows // settings.gradient_accumulation,
+        "per_device_eval_batch_size": max(1, rows // settings.gradient_accumulation),
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": settings.min_learning_rate_share},
+        "warmup_steps": max(1, round(settings.warmup_share * steps)),
+        "optim": "adamw_torch_fused",
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": uses_bfloat16(settings),
+        "use_cpu": not cuda,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "activation_checkpointing": layers,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if layers else None,
+        "torch_compile": settings.compile,
+        "logging_steps": min(settings.log_every, steps),
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if settings.eval_every else "no",
+        "eval_steps": settings.eval_every or None,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "save_total_limit": settings.keep_checkpoints,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "report_to": ["tensorboard"] if _has_tensorboard() else [],
+        "disable_tqdm": True,
+    } | more
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Time in training steps, without validation and saving, summed over interruptions: Trainer keeps `state()` in each
+    checkpoint's trainer_state.json, so that time and weights are always those of the same step."""
+
+    def __init__(self, checkpoint: Path | None):
+        state = {} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
+        before = state.get("stateful_callbacks", {}).get("Clock", {}).get("attributes", {})
+        self.seconds: float = before.get("seconds", 0.0)
+        self.median: float = before.get("median", 0.0)  # of this process's steps, or of the last one's if it made none
+        self.steps: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault("Clock", {})  # Trainer updates it, but a checkpoint may come without
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(time.perf_counter() - self.start)
+        self.seconds += self.steps[-1]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds, "median": self.step_seconds()}}
+
+    def step_seconds(self) -> float:
+        return float(np.median(self.steps)) if self.steps else self.median
+
+
+class HiddenScaleWarmup(TrainerCallback):
+    """c grows from 0 to its value, linearly over the first steps."""
+
+    def __init__(self, config: Any, steps: int):
+        self.config, self.steps, self.final = config, steps, config.plt_hidden_scale
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.config.plt_hidden_scale = self.final * min(1.0, state.global_step / self.steps)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.config.plt_hidden_scale = self.final
+
+
+class StepCallback(TrainerCallback):
+    """Calls a function with every step's number and, where it is logged, the loss."""
+
+    def __init__(self, on_step: Callable[[int, float], None]):
+        self.on_step = on_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_step(state.global_step, float("nan"))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.on_step(state.global_step, float("nan"))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.on_step(state.global_step, logs["loss"])
+
+
+class BarCallback(TrainerCallback):
+    """A progress bar with the loss and the time left."""
+
+    def __init__(self, progress: Progress, label: str, steps: int):
+        self.progress = progress
+        self.task = self.progress.add_task(escape(label), total=steps, loss="")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"loss {logs['loss']:.3f}")
+
+
+def quiet_libraries() -> None:
+    """What libraries say of things that are as they should be."""
+    # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
+    warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
+    # A layer returns loop 1's keys and values, which are views; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def _has_tensorboard() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None

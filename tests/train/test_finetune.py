@@ -1,0 +1,217 @@
+"""Fine-tuning on conversations: full and LoRA, resumed, merged, and only on the assistant's tokens."""
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from rich.console import Console
+from safetensors.torch import load_file
+from test_chat import chat_tokenizer, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parloop.errors import RecipeError, SourceError
+from parloop.train import ChatRecipe, load_recipe
+from parloop.train.finetune import Rows, finetune, packed
+
+QUIET = Console(quiet=True)
+WORDS = ["red", "green", "blue", "black", "white", "grey"]
+
+
+def conversations(count=120):
+    """Questions whose answers follow a rule."""
+    rows = []
+    for i in range(count):
+        word = WORDS[i % len(WORDS)]
+        messages = [{"role": "user", "content": f"{i} {word}"}, {"role": "assistant", "content": f"{word} {word}"}]
+        rows.append(
+            {"messages": messages, "tools": [{"type": "function", "function": {"name": "paint"}}] if i % 10 == 0 else None}
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small checkpoint with a chat template, and conversations."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = chat_tokenizer()
+    model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "base" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]})
+    )
+    write(folder / "chat.jsonl", conversations())
+    return folder
+
+
+def recipe_of(made, **changes):
+    fields = {
+        "model": str(made / "base"), "chat": str(made / "chat.jsonl"), "length": 128, "epochs": 8.0, "batch_size": 4, "learning_rate": 1e-2,
+        "log_every": 1, "eval_every": 20, "save_every": 15, "device": "cpu", "validation_share": 0.1,
+    }  # fmt: skip
+    return ChatRecipe(**(fields | changes))
+
+
+def answer(folder, question):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    output = model.generate(ids, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :])
+
+
+@pytest.fixture(scope="module")
+def tuned(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    return folder, finetune(recipe_of(made), folder, console=QUIET)
+
+
+def test_full_fine_tuning_learns_the_rule(tuned):
+    folder, result = tuned
+    assert result["conversations"] == 120
+    first, last = result["loss_curve"][0][1], result["loss_curve"][-1][1]
+    assert last < 0.3 < first
+    assert result["validation_curve"][-1][1] < 0.5
+    assert result["trained_parameters"] > 30_000
+    assert answer(folder, "7 green") == "green green<|im_end|>"  # it stops, too
+    assert not list(folder.glob("checkpoint-*"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_the_same_loss_by_hand(made):
+    """TRL's fused loss over packed rows, against each conversation by itself."""
+    recipe = recipe_of(made)
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    from parloop.corpus.chat import load_chat
+
+    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, set())
+    rows = packed(chat.train, recipe)
+    assert len(rows) < len(chat.train) / 2
+    batch = Rows(recipe.length, 0)([rows[i] for i in range(4)])
+    model = AutoModelForCausalLM.from_pretrained(made / "base").eval()
+    with torch.no_grad():
+        together = model(**batch, use_cache=False).loss
+        total, count = 0.0, 0
+        texts = [tuple(row["input_ids"]) for row in chat.train]
+        for i in range(4):
+            start = 0
+            for size in rows[i]["seq_lengths"]:
+                ids, labels = (torch.tensor([rows[i][name][start : start + size]]) for name in ("input_ids", "labels"))
+                assert tuple(ids[0].tolist()) in texts
+                n = int((labels[:, 1:] != -100).sum())
+                total += model(ids, labels=labels, use_cache=False).loss.item() * n
+                count += n
+                start += size
+    assert together.item() == pytest.approx(total / count, abs=1e-5)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_interrupted_run_continues_to_the_same_result(made, tuned, tmp_path, lora):
+    changes = {"lora_rank": 4, "learning_rate": 3e-2} if lora else {}
+    recipe = recipe_of(made, **changes)
+
+    def stop(step, loss):
+        if step == 20:
+            raise StopError
+
+    with pytest.raises(StopError):
+        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-15"]
+    steps = []
+    result = finetune(recipe, tmp_path / "run", console=QUIET, on_step=lambda step, _: steps.append(step))
+    assert steps[0] == 15
+    whole = tuned if not lora else (tmp_path / "whole", finetune(recipe, tmp_path / "whole", console=QUIET))
+    for (_, a), (_, b) in zip(whole[1]["loss_curve"], result["loss_curve"]):
+        assert a == pytest.approx(b, abs=1e-5)
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole[0], tmp_path / "run"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_leaves_an_adapter_and_the_merged_model(made, tmp_path):
+    from peft import PeftModel
+
+    folder = tmp_path / "lora"
+    result = finetune(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET)
+    assert result["trained_parameters"] < 20_000
+    assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] - 1
+    base = AutoModelForCausalLM.from_pretrained(made / "base")
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    frozen = load_file(made / "base" / "model.safetensors")
+    assert torch.equal(merged.state_dict()["model.embed_tokens.weight"], frozen["model.embed_tokens.weight"])
+    ids = torch.randint(3, 300, (1, 40))
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()(input_ids=ids).logits
+        torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_two_loop_counts_at_once(made, tmp_path):
+    folder = tmp_path / "both"
+    finetune(recipe_of(made, loops=[1, 2]), folder, console=QUIET)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.trained_loops == [1, 2]
+
+
+def test_without_packing(made, tmp_path):
+    result = finetune(recipe_of(made, packing=False, epochs=1.0), tmp_path / "run", console=QUIET)
+    assert result["rows"] > 90
+
+
+def test_what_is_told(made, tmp_path):
+    told = Console(file=io.StringIO(), width=500)
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in (made / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    (base / "generation_config.json").unlink()
+    finetune(recipe_of(made, model=str(base), epochs=0.1), tmp_path / "run", console=told)
+    shown = told.file.getvalue()
+    assert "120 conversations: " in shown
+    assert "does not end generation: the model may not learn to stop" in shown
+
+
+def test_bad_recipes(made, tmp_path):
+    for changes, message in [
+        ({"loops": 3}, "loops=3, but .* has 2: leave loops out"),
+        ({"length": 1000}, "length=1000 is more than the 256 tokens"),
+        ({"batch_size": 1000}, "lower batch_size or length, set packing: false"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            finetune(recipe_of(made, **changes), tmp_path / "run", console=QUIET)
+    with pytest.raises(SourceError, match="no such file"):
+        finetune(recipe_of(made, chat=str(tmp_path / "no.jsonl")), tmp_path / "run", console=QUIET)
+    with pytest.raises(RecipeError, match="model is missing: folder or Hub name"):
+        ChatRecipe(chat="x")
+    with pytest.raises(RecipeError, match=r"epochs=0.0 must be above 0"):
+        ChatRecipe(model="x", chat="y", epochs=0)
+
+
+def test_changed_conversations_are_not_mixed_with_the_old_ones(made, tmp_path):
+    source = write(tmp_path / "chat.jsonl", conversations())
+    recipe = recipe_of(made, chat=source)
+
+    def stop(step, loss):
+        if step == 20:
+            raise StopError
+
+    with pytest.raises(StopError):
+        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+    write(tmp_path / "chat.jsonl", conversations(90))
+    with pytest.raises(RecipeError, match="has changed since the run"):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+
+
+def test_a_file_with_chat_is_a_recipe_for_conversations(made, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: a\nchat: b.jsonl\n")
+    assert isinstance(load_recipe(tmp_path / "r.yaml", lora_rank=4), ChatRecipe)
+    with pytest.raises(RecipeError, match=r"--hidden-size says nothing to recipe .* fine-tunes on conversations"):
+        load_recipe(tmp_path / "r.yaml", hidden_size=4)
+    with pytest.raises(RecipeError, match="--lora-rank says nothing to recipe 'quick', which trains on text"):
+        load_recipe("quick", lora_rank=4)
