@@ -28,7 +28,7 @@ def main() -> None:
     console = Console()
     for value in arguments.values:
         for loops in arguments.loops:
-            recipe = Recipe.load(arguments.recipe, num_loops=loops, **{arguments.field: number(value)})
+            recipe = Recipe.load(arguments.recipe, loops=loops, **{arguments.field: number(value)})
             folder = arguments.output / f"{arguments.field}-{value}-r{loops}"
             corpus = load_corpus(recipe.corpus_settings(), console=console)
             result = train(recipe, folder, corpus=corpus, console=console)

@@ -1,9 +1,11 @@
-"""Which opening learns best: one dense model, converted to two loops in several ways, all trained on with the same tokens.
+"""Which opening learns best: dense models, converted to two loops in several ways, all trained on.
 
-    python benchmarks/upcycling_start.py --output runs/upcycling
-    python benchmarks/upcycling_start.py --dense runs/study-quick/r1-seed0 --tokens 100000    # a model that is there
+    python benchmarks/upcycling_start.py --seeds 3 --output runs/upcycling
+    python benchmarks/upcycling_start.py --tokens 100000 --only "dense, same tokens" "exact"    # a quick look
 
-Trains the quick recipe's model at R = 1, converts it (through the plain Llama that it is), and trains on in another order. c is given relative to the scale that makes a state as large as an embedding. One seed; intervals are over documents.
+For every seed the quick recipe's model is trained at R = 1, converted through the plain Llama that it is, and trained on, in another order
+of the same corpus. c is given relative to the scale that makes a state as large as an embedding. Intervals are bootstrapped over
+seeds and documents, differences paired. What is finished is kept: run it again to continue.
 """
 
 import argparse
@@ -23,8 +25,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from parloop.convert import EXACT_BIAS, OPEN_SHARE, convert
 from parloop.corpus import collate, load_corpus
+from parloop.model.flops import training_flops_per_token
 from parloop.model.modeling import PLTGate
-from parloop.statistics import paired_difference, resample_weights
+from parloop.statistics import bits_per_byte, paired_difference, resample_weights
 from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
 from parloop.train.pretrain import PLTTrainer, train, training_arguments, whole_batches
@@ -37,24 +40,27 @@ class Opening:
     name: str
     share: float = 0.0
     bias: float = EXACT_BIAS
-    how: str = "fixed"  # fixed, ramp (from 0 to its value over the first fifth), learned (from its value)
+    how: str = (
+        "fixed"  # fixed, ramp (from 0 to its value over the first fifth), learned (from its value), scratch (not converted)
+    )
     loops: int = 2
-    steps: float = 1.0
+    match: str = "tokens"  # or compute: as many tokens as cost what the two loops cost
 
 
 OPENINGS = [
-    Opening("dense, trained on", loops=1),
-    Opening("dense, twice the steps", loops=1, steps=2.0),
+    Opening("dense, same tokens", loops=1),
+    Opening("dense, same compute", loops=1, match="compute"),
     Opening("exact", 0.0, EXACT_BIAS),
-    Opening("exact, c ramps up", 1.0, EXACT_BIAS, "ramp"),
+    Opening("exact, c ramps to 0.3", 0.3, EXACT_BIAS, "ramp"),
+    Opening("exact, c ramps to 1", 1.0, EXACT_BIAS, "ramp"),
     Opening("exact, c learned", 0.0, EXACT_BIAS, "learned"),
     Opening("c = 0, b = 4", 0.0, 4.0),
-    Opening("open, 0.1, b = 4", 0.1, 4.0),
-    Opening("open, 0.1, b = 2", 0.1, 2.0),
-    Opening("open, 0.3, b = 2", 0.3, 2.0),
-    Opening("open, 1, b = 2", 1.0, 2.0),
-    Opening("open, 1, b = 0", 1.0, 0.0),
+    Opening("open, c 0.3, b = 4", 0.3, 4.0),
+    Opening("open, c 0.3, b = 2", 0.3, 2.0),
+    Opening("open, c 1, b = 4", 1.0, 4.0),
+    Opening("open, c 1, b = 0", 1.0, 0.0),
     Opening("c ramps to 1, b = 2", 1.0, 2.0, "ramp"),
+    Opening("two loops from scratch, all tokens", how="scratch"),
 ]
 
 
@@ -106,99 +112,135 @@ def gate_mean(model: Any, ids: torch.Tensor) -> float:
     return float(np.mean(seen)) if seen else float("nan")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/upcycling"))
-    parser.add_argument(
-        "--dense", type=Path, help="folder of a run of `parloop train` with one loop; default: train the quick recipe"
+def run(opening: Opening, folder: Path, llama: Path, recipe: Recipe, corpus: Any, settings: Any, console: Console) -> dict:
+    """Convert, train on and evaluate one opening; kept in its folder."""
+    record = folder / "result.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    cost = {n: training_flops_per_token(recipe.plt_config(corpus.tokenizer), recipe.length, n) for n in (1, 2)}
+    tokens = round(settings.tokens * (cost[2] / cost[1] if opening.match == "compute" else 1))
+    more = dataclasses.replace(
+        recipe, tokens=tokens, seed=recipe.seed + 100, learning_rate=settings.learning_rate, num_loops=opening.loops
     )
-    parser.add_argument("--tokens", type=int, default=300_000, help="of the continuation")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak of the continuation")
-    parser.add_argument("--documents", type=int, default=40, help="held out, at most 3000 characters of each")
-    parser.add_argument("--only", nargs="+", help="names of openings")
-    arguments = parser.parse_args()
-    console = Console(width=140)
-    dense, llama = arguments.dense or arguments.output / "dense", arguments.output / "llama"
-    kept = dense / "recipe.yaml"
-    recipe = Recipe.load(kept if kept.is_file() else "quick", num_loops=1, eval_every=0, save_every=10**6)
-    corpus = load_corpus(recipe.corpus_settings(), console=console)
-    if arguments.dense is None:
-        train(recipe, dense, corpus=corpus, console=console)
-    if not llama.exists():
-        convert(dense, llama, to="dense")
-    texts = corpus.validation["text"][: arguments.documents]
+    texts = corpus.validation["text"][: settings.documents]
     ids = torch.tensor(corpus.train[:8]["input_ids"]).long()
 
     def nll(model: Any):
         return evaluate_documents(model, corpus.tokenizer, texts, recipe.length, max_chars=3000)
 
-    results = []
-    for number, opening in enumerate(OPENINGS):
-        if arguments.only and opening.name not in arguments.only:
-            continue
-        folder = arguments.output / f"opening-{number}"
-        record = folder / "result.json"
-        if not record.exists():
-            plt = folder / "plt"
-            if not plt.exists():
-                # The scale that makes a state as large as an embedding, from what an open start takes of it.
-                options = {"loops": opening.loops, "window": recipe.window_tokens, "start": "open", "samples": 0}
-                probe = convert(llama, folder / "probe", **options).config.plt_hidden_scale / OPEN_SHARE
-                convert(llama, plt, **options, hidden_scale=opening.share * probe, gate_bias=opening.bias)
-            model = AutoModelForCausalLM.from_pretrained(plt, dtype=torch.float32)
-            unit = json.loads((folder / "probe/config.json").read_text())["plt_hidden_scale"] / OPEN_SHARE
-            ramp = Ramp(model.config) if opening.how == "ramp" else None
-            at_first = nll(model)
-            if opening.how == "learned":
-                learn_scale(model.model)
-            tokens = int(arguments.tokens * opening.steps)
-            more = dataclasses.replace(
-                recipe, tokens=tokens, seed=1, learning_rate=arguments.learning_rate, num_loops=opening.loops
-            )
-            seconds = train_on(model, more, corpus, ramp, folder / "run")
-            after = nll(model)
-            final = model.model.hidden_scale.item() if opening.how == "learned" else model.config.plt_hidden_scale
-            content = {
-                "opening": dataclasses.asdict(opening),
-                "first_bits": at_first.bits_per_byte,
-                "bits": after.bits_per_byte,
-                "nll": after.nll[:, -1].tolist(),
-                "bytes": after.bytes.tolist(),
-                "gate": gate_mean(model, ids),
-                "final_share": final / unit,
-                "seconds": seconds,
-            }
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(content))
-        results.append(json.loads(record.read_text()))
-        r = results[-1]
-        console.print(
-            f"{opening.name}: {r['first_bits'][-1]:.4f} -> {r['bits'][-1]:.4f}, {r['seconds']:.0f} s", highlight=False
-        )
+    unit, at_first = float("nan"), None
+    if opening.how == "scratch":
+        whole = dataclasses.replace(recipe, tokens=settings.base_tokens + settings.tokens, num_loops=opening.loops)
+        seconds = train(whole, folder / "run", corpus=corpus, console=console)["seconds"]
+        model = AutoModelForCausalLM.from_pretrained(folder / "run")
+    else:
+        # The scale that makes a state as large as an embedding, from what an open start takes of it.
+        options = {"loops": opening.loops, "window": recipe.window_tokens, "start": "open", "samples": 0}
+        if not (folder / "probe").exists():
+            convert(llama, folder / "probe", **options)
+        unit = json.loads((folder / "probe/config.json").read_text())["plt_hidden_scale"] / OPEN_SHARE
+        if not (folder / "plt").exists():
+            convert(llama, folder / "plt", **options, hidden_scale=opening.share * unit, gate_bias=opening.bias)
+        model = AutoModelForCausalLM.from_pretrained(folder / "plt", dtype=torch.float32)
+        at_first = nll(model).bits_per_byte
+        ramp = Ramp(model.config) if opening.how == "ramp" else None
+        if opening.how == "learned":
+            learn_scale(model.model)
+        seconds = train_on(model, more, corpus, ramp, folder / "run")
+    after = nll(model)
+    final = model.model.hidden_scale.item() if opening.how == "learned" else model.config.plt_hidden_scale
+    content = {
+        "opening": dataclasses.asdict(opening),
+        "tokens": tokens,
+        "first_bits": at_first,
+        "bits": after.bits_per_byte,
+        "nll": after.nll[:, -1].tolist(),
+        "bytes": after.bytes.tolist(),
+        "gate": gate_mean(model, ids),
+        "final_share": final / unit,
+        "seconds": seconds,
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(content))
+    return content
 
-    weights = resample_weights(len(results[0]["nll"]), 1, np.random.default_rng(0))
-    table = Table(title=f"{arguments.tokens:,} more tokens, {len(results[0]['nll'])} held-out documents, bits per byte")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/upcycling"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--base-tokens", type=int, default=2_000_000, help="of the dense model's training")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of the continuation")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak of the continuation")
+    parser.add_argument("--documents", type=int, default=60, help="held out, at most 3000 characters of each")
+    parser.add_argument("--only", nargs="+", help="names of openings")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    console = Console(width=150)
+    openings = [opening for opening in OPENINGS if not settings.only or opening.name in settings.only]
+    results: dict[str, list[dict]] = {opening.name: [] for opening in openings}
+    corpus = None
+    for seed in range(settings.seeds):
+        folder = settings.output / f"seed-{seed}"
+        recipe = Recipe.load("quick", num_loops=1, eval_every=0, save_every=10**6, tokens=settings.base_tokens, seed=seed)
+        corpus = corpus or load_corpus(recipe.corpus_settings(), console=console)
+        train(recipe, folder / "dense", corpus=corpus, console=console)
+        if not (folder / "llama").exists():
+            convert(folder / "dense", folder / "llama", to="dense")
+        for opening in openings:
+            name = "".join(c if c.isalnum() else "-" for c in opening.name)
+            result = run(opening, folder / name, folder / "llama", recipe, corpus, settings, console)
+            results[opening.name].append(result)
+            console.print(
+                f"seed {seed}, {opening.name}: {result['bits'][-1]:.4f} bits per byte, {result['seconds']:.0f} s",
+                highlight=False,
+            )
+
+    first = results[openings[0].name]
+    byte_counts = np.array(first[0]["bytes"])
+    weights = resample_weights(len(byte_counts), settings.seeds, np.random.default_rng(0))
+    base = np.array([r["nll"] for r in first])
+    table = Table(
+        title=f"{settings.tokens:,} more tokens after {settings.base_tokens:,}, {settings.seeds} seed(s), {len(byte_counts)} held-out "
+        f"documents, bits per byte"
+    )
     for column in (
         "opening",
-        "c / size",
-        "after",
+        "tokens",
+        "c, from",
         "b",
-        "gate after",
+        "c after",
+        "gate",
         "before",
-        "loop 1 after",
+        "loop 1",
         "after",
         "minus the first row",
         "s",
     ):
         table.add_column(column, justify="left" if column == "opening" else "right")
-    for r in results:
-        o = Opening(**r["opening"])
-        change = paired_difference(np.array([r["nll"]]), np.array([results[0]["nll"]]), np.array(r["bytes"]), weights)
+
+    def mean(rows: list[dict], pick: Any) -> str:
+        values = [pick(row) for row in rows]
+        return "" if None in values or np.isnan(values).any() else f"{np.mean(values):.4g}"
+
+    for opening in openings:
+        rows = results[opening.name]
+        nll = np.array([r["nll"] for r in rows])
+        change = paired_difference(nll, base, byte_counts, weights)
         table.add_row(
-            o.name, f"{o.share:g}", f"{r['final_share']:.2f}", f"{o.bias:g}", f"{r['gate']:.3f}", f"{r['first_bits'][-1]:.4f}",
-            f"{r['bits'][0]:.4f}", f"{r['bits'][-1]:.4f}", f"{change.value:+.4f} ({change.low:+.4f}..{change.high:+.4f})",
-            f"{r['seconds']:.0f}",
-        )  # fmt: skip
+            opening.name,
+            f"{rows[0]['tokens']:,}",
+            "" if opening.how == "scratch" else f"{opening.share:g}",
+            "" if opening.how == "scratch" else f"{opening.bias:g}",
+            mean(rows, lambda r: r["final_share"]) if opening.loops > 1 else "",
+            mean(rows, lambda r: r["gate"]),
+            mean(rows, lambda r: r["first_bits"] and r["first_bits"][-1]),
+            mean(rows, lambda r: r["bits"][0]),
+            f"{bits_per_byte(nll, byte_counts, weights).value:.4f}",
+            f"{change.value:+.4f} ({change.low:+.4f} .. {change.high:+.4f})",
+            mean(rows, lambda r: r["seconds"]),
+        )
     console.print(table)
 
 
