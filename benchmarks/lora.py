@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parloop.corpus import load_corpus
 from parloop.corpus.chat import load_chat
 from parloop.corpus.sources import files_of
+from parloop.errors import TrainingDivergedError
 from parloop.train import ChatRecipe, Recipe
 from parloop.train.finetune import Rows, finetune, packed
 from parloop.train.pretrain import train
@@ -113,10 +114,14 @@ def main() -> None:
                 kept = folder / "held-out.json"
                 if not kept.exists():
                     own = dataclasses.replace(recipe, lora_rank=rank, lora_alpha=2.0 * max(rank, 1), learning_rate=rate)
-                    finetune(own, folder, console=console)
-                    kept.write_text(json.dumps(held_out(folder, own, tokenizer, rows)))
+                    try:
+                        finetune(own, folder, console=console)
+                        loss = held_out(folder, own, tokenizer, rows)
+                    except TrainingDivergedError:
+                        loss = None
+                    kept.write_text(json.dumps(loss))
                 loss = json.loads(kept.read_text())
-                cells.append(f"{loss:.4f}" + ("" if rank else f" at {rate:g}"))
+                cells.append(("diverged" if loss is None else f"{loss:.4f}") + ("" if rank else f" at {rate:g}"))
             table.add_row(str(rank) if rank else "all weights", *cells)
         console.print(table)
 

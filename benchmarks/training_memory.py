@@ -64,10 +64,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2, help="per process")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     arguments = parser.parse_args()
     shape = {
         "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "intermediate_size": 768, "window_tokens": 32, "length": arguments.length, "device": "cpu", "precision": "float32",
+        "intermediate_size": 768, "window_tokens": 32, "length": arguments.length, "device": "cpu", "precision": arguments.precision,
     }  # fmt: skip
     processes = int(os.environ.get("WORLD_SIZE", 1))
     table = Table(
@@ -98,14 +100,22 @@ def main() -> None:
                 ids = torch.randint(3, 4096, (arguments.rows, arguments.length))
                 places = torch.arange(arguments.length)[None].repeat(arguments.rows, 1) % (arguments.length // 2)
                 call = {"input_ids": ids, "position_ids": places, "labels": ids.masked_fill(places == 0, -100)}
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16")
                 if processes > 1:  # the first step sets FSDP up
-                    model(**call).loss.backward()
+                    with autocast:
+                        model(**call).loss.backward()
                     free_gathered(model)
-                model.zero_grad(set_to_none=True)
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)  # as in a step's second micro-batch
                 with Alive() as alive:
                     for p in model.parameters():
-                        alive.watch(p.to_local() if isinstance(p, DTensor) else p)
-                    model(**call).loss.backward()
+                        for tensor in (p, p.grad):
+                            alive.watch(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+                    for _ in range(arguments.accumulation):
+                        with autocast:
+                            loss = model(**call).loss
+                        loss.backward()
+                        del loss
                     free_gathered(model)
                 measured = alive.peak / 1e6
                 whole = sum(p.numel() for p in model.parameters()) * 4
@@ -115,11 +125,9 @@ def main() -> None:
                 shown = [f"{x:.2f}" for x in travelled] if processes > 1 else ["", ""]
                 formula = training_memory(
                     model.config, arguments.rows, arguments.length, checkpointing=mode, shards=processes, gather=gather,
-                    element=4, norm=3,
+                    element=2 if arguments.precision == "bfloat16" else 4, fused=False,
                 )  # fmt: skip
-                weights = formula.states / 16 * 4  # there is no optimizer here, and gradients come while activations go
-                at_end = 2 * weights + formula.gathered + weights * processes / 6  # a layer's gradients on their way
-                computed = max(formula.total - formula.states + weights, at_end) / 1e6
+                computed = (formula.total - formula.states / 2) / 1e6  # there is no optimizer here
                 counted = "" if mode != "none" or processes > 1 else f"{flops(model, call, recipe):.3f}"
                 table.add_row(
                     str(R),

@@ -11,7 +11,6 @@ seeds and documents, differences paired. What is finished is kept: run it again 
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,17 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM
 
 from parloop.convert import EXACT_BIAS, OPEN_SHARE, convert
-from parloop.corpus import collate, load_corpus
+from parloop.corpus import load_corpus
 from parloop.model.flops import training_flops_per_token
 from parloop.model.modeling import PLTGate
 from parloop.statistics import bits_per_byte, paired_difference, resample_weights
-from parloop.train import Recipe
+from parloop.train import Recipe, pretrain
 from parloop.train.evaluate import evaluate_documents
-from parloop.train.pretrain import PLTTrainer, train, training_arguments, whole_batches
 
 
 @dataclasses.dataclass
@@ -64,38 +62,17 @@ OPENINGS = [
 ]
 
 
-class Ramp(TrainerCallback):
-    """c grows from 0 to its value over the first fifth of the steps."""
+def learn_scale(build: Any) -> Any:
+    """build_model, with c as one more parameter of the model."""
 
-    def __init__(self, config: Any):
-        self.config, self.final = config, config.plt_hidden_scale
-        config.plt_hidden_scale = 0.0
+    def built(*arguments: Any) -> Any:
+        model = build(*arguments)
+        stack = model.model
+        stack.hidden_scale = nn.Parameter(torch.tensor(float(stack.config.plt_hidden_scale)))
+        stack._combine = lambda e, shifted: e + stack.hidden_scale * shifted
+        return model
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.config.plt_hidden_scale = self.final * min(1.0, state.global_step / (0.2 * args.max_steps))
-
-
-def learn_scale(stack: Any) -> None:
-    """Make c a parameter of this model object."""
-    stack.hidden_scale = nn.Parameter(torch.tensor(float(stack.config.plt_hidden_scale)))
-    stack._combine = lambda e, shifted: e + stack.hidden_scale * shifted
-
-
-def train_on(model: Any, recipe: Recipe, corpus: Any, ramp: Ramp | None, folder: Path) -> float:
-    """Seconds."""
-    trainer = PLTTrainer(
-        model=model,
-        args=training_arguments(recipe, folder),
-        train_dataset=whole_batches(corpus, recipe, 1),
-        data_collator=collate,
-    )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    if ramp is not None:
-        trainer.add_callback(ramp)
-    start = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - start
+    return built
 
 
 def gate_mean(model: Any, ids: torch.Tensor) -> float:
@@ -119,9 +96,6 @@ def run(opening: Opening, folder: Path, llama: Path, recipe: Recipe, corpus: Any
         return json.loads(record.read_text())
     cost = {n: training_flops_per_token(recipe.plt_config(corpus.tokenizer), recipe.length, n) for n in (1, 2)}
     tokens = round(settings.tokens * (cost[2] / cost[1] if opening.match == "compute" else 1))
-    more = dataclasses.replace(
-        recipe, tokens=tokens, seed=recipe.seed + 100, learning_rate=settings.learning_rate, num_loops=opening.loops
-    )
     texts = corpus.validation["text"][: settings.documents]
     ids = torch.tensor(corpus.train[:8]["input_ids"]).long()
 
@@ -130,9 +104,7 @@ def run(opening: Opening, folder: Path, llama: Path, recipe: Recipe, corpus: Any
 
     unit, at_first = float("nan"), None
     if opening.how == "scratch":
-        whole = dataclasses.replace(recipe, tokens=settings.base_tokens + settings.tokens, num_loops=opening.loops)
-        seconds = train(whole, folder / "run", corpus=corpus, console=console)["seconds"]
-        model = AutoModelForCausalLM.from_pretrained(folder / "run")
+        more = dataclasses.replace(recipe, tokens=settings.base_tokens + settings.tokens, loops=opening.loops)
     else:
         # The scale that makes a state as large as an embedding, from what an open start takes of it.
         options = {"loops": opening.loops, "window": recipe.window_tokens, "start": "open", "samples": 0}
@@ -141,17 +113,30 @@ def run(opening: Opening, folder: Path, llama: Path, recipe: Recipe, corpus: Any
         unit = json.loads((folder / "probe/config.json").read_text())["plt_hidden_scale"] / OPEN_SHARE
         if not (folder / "plt").exists():
             convert(llama, folder / "plt", **options, hidden_scale=opening.share * unit, gate_bias=opening.bias)
-        model = AutoModelForCausalLM.from_pretrained(folder / "plt", dtype=torch.float32)
-        at_first = nll(model).bits_per_byte
-        ramp = Ramp(model.config) if opening.how == "ramp" else None
-        if opening.how == "learned":
-            learn_scale(model.model)
-        seconds = train_on(model, more, corpus, ramp, folder / "run")
+        at_first = nll(AutoModelForCausalLM.from_pretrained(folder / "plt", dtype=torch.float32)).bits_per_byte
+        more = dataclasses.replace(
+            recipe,
+            init_from=str(folder / "plt"),
+            loops=opening.loops,
+            tokens=tokens,
+            seed=recipe.seed + 100,
+            learning_rate=settings.learning_rate,
+            hidden_scale_warmup_share=0.2 if opening.how == "ramp" else 0.0,
+        )
+    build = pretrain.build_model
+    pretrain.build_model = learn_scale(build) if opening.how == "learned" else build
+    try:
+        seconds = pretrain.train(more, folder / "run", corpus=corpus, console=console)["seconds"]
+    finally:
+        pretrain.build_model = build
+    model = AutoModelForCausalLM.from_pretrained(folder / "run")
+    if opening.how == "learned":
+        model.config.plt_hidden_scale = load_file(folder / "run/model.safetensors")["model.hidden_scale"].item()
     after = nll(model)
-    final = model.model.hidden_scale.item() if opening.how == "learned" else model.config.plt_hidden_scale
+    final = model.config.plt_hidden_scale
     content = {
         "opening": dataclasses.asdict(opening),
-        "tokens": tokens,
+        "tokens": tokens + (settings.base_tokens if opening.how == "scratch" else 0),
         "first_bits": at_first,
         "bits": after.bits_per_byte,
         "nll": after.nll[:, -1].tolist(),
@@ -183,9 +168,9 @@ def main() -> None:
     corpus = None
     for seed in range(settings.seeds):
         folder = settings.output / f"seed-{seed}"
-        recipe = Recipe.load("quick", num_loops=1, eval_every=0, save_every=10**6, tokens=settings.base_tokens, seed=seed)
+        recipe = Recipe.load("quick", loops=1, eval_every=0, save_every=10**6, tokens=settings.base_tokens, seed=seed)
         corpus = corpus or load_corpus(recipe.corpus_settings(), console=console)
-        train(recipe, folder / "dense", corpus=corpus, console=console)
+        pretrain.train(recipe, folder / "dense", corpus=corpus, console=console)
         if not (folder / "llama").exists():
             convert(folder / "dense", folder / "llama", to="dense")
         for opening in openings:

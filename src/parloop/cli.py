@@ -4,6 +4,7 @@ import dataclasses
 import os
 import runpy
 import sys
+import time
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -347,14 +348,14 @@ def convert(
     loops
         How often the PLT runs its stack. Default: 2.
     start
-        exact: the source's logits to 1e-5; gates that let nothing of the loops in, and that learn slowly. open: a little is let in, and the
-        change of the loss is printed; learns faster. See docs/upcycling.md.
+        exact: the source's logits to 1e-5, to serve or to check; loops learn nothing while c is 0. open: the loops are let in, and the change of the
+        loss is printed; it learns best. See docs/upcycling.md.
     window
         Tokens before itself that a token sees in its own loop, from loop 2 on.
     hidden_scale
-        c, the factor of the previous loop's state. Default: 0 for exact; for open 0.3 of the embedding's size.
+        c, the factor of the previous loop's state. Default: 0 for exact; for open, as large a state as the embedding.
     gate_bias
-        What the gates start with: 0 is half window, half loop 1's cache; more is more cache. Default: 16 for exact, 4 for open.
+        What the gates start with: 0 is half window, half loop 1's cache; more is more cache. Default: 16 for exact, 0 for open.
     data
         Text to measure the loss on, as in `parloop diagnose`. Default: stdlib for the open start, none for the exact one.
     samples
@@ -547,8 +548,12 @@ def main() -> None:
             raise ParloopError(TOO_OLD)
         app(passed_through(sys.argv[1:]))
     except ParloopError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, all have the same to say
-            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Mostly the first process says the same, and the launcher ends the others when it does. If not, it is this one's alone.
+            time.sleep(3)
+        who = "" if rank == "0" else f" (process {rank})"
+        console.print(f"[bold red]error{who}:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted. Run the same command again to continue.")

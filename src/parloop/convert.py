@@ -6,7 +6,8 @@ that it starts with (its weights are zero), and what it lets in of the window ch
 
     exact   c = 0, b = 16: 1 - g = 1e-7. The logits move by as much as float32 rounds them. From b = 17 a gate is 1 in float32, and has
             no gradient
-    open    c such that the state is 0.3 of the embedding's size, b = 4: gates that bfloat16 can move. The loss changes a little, and is measured
+    open    c such that the state is as large as the embedding, b = 0: gates at one half, as a new PLT has them. It learns best
+            (docs/upcycling.md); how much the loss changes is measured
 
 Tensors keep their names, so they are copied as bytes from file to file: memory does not grow with the checkpoint. The gates are a
 file more. The source's configuration is read field by field: one that is not known here is refused, since it may change what is
@@ -43,8 +44,8 @@ from .model.modeling import PLTForCausalLM
 from .record import write_json
 
 EXACT_BIAS = 16.0
-OPEN_BIAS = 4.0
-OPEN_SHARE = 0.3  # of the previous loop's state in a later loop's input, relative to the embedding
+OPEN_BIAS = 0.0
+OPEN_SHARE = 1.0  # of the previous loop's state in a later loop's input, relative to the embedding
 SAMPLE_TOKENS = 512
 
 
@@ -140,7 +141,7 @@ def convert(
         out: folder to make. It appears when it is complete.
         to: plt or dense.
         loops: R of the PLT; default: 2.
-        start: exact (the same logits) or open (a little of the window and of the previous loop's state).
+        start: exact (the same logits) or open (all of the window and of the previous loop's state, which learns best).
         window: w, in tokens: loops 2..R see the token itself and the w before it.
         hidden_scale: c, instead of the start's.
         gate_bias: b, instead of the start's.

@@ -132,7 +132,7 @@ def test_bad_rows_are_counted_and_the_rest_is_used(tmp_path):
     }  # fmt: skip
     assert chat.left_out_names["not JSON"] == [f"{source}, line 11"]
     again = load_chat(source, tokenizer, 64, 0.2, set())
-    assert (again.train, again.digest) == (chat.train, chat.digest)
+    assert (again.train.to_list(), again.digest) == (chat.train.to_list(), chat.digest)
     assert not again.stops
 
 
@@ -157,7 +157,64 @@ def test_tables_of_conversations(tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "hello"}]} for i in range(5)]
     rows[0]["messages"][1]["tool_calls"] = [call]
     Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
-    chat = load_chat(str(tmp_path / "chat.parquet"), tokenizer, 64, 0.01, set())
+    chat = load_chat(str(tmp_path / "chat.parquet"), tokenizer, 96, 0.01, set())
     assert chat.conversations == 5
-    plain = load_chat(write(tmp_path / "chat.jsonl", rows), tokenizer, 64, 0.01, set())
+    plain = load_chat(write(tmp_path / "chat.jsonl", rows), tokenizer, 96, 0.01, set())
     assert sorted(map(str, chat.train)) == sorted(map(str, plain.train))
+
+
+def talk(*contents, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def test_forms_of_openai(tmp_path):
+    """Content in parts, and arguments as JSON text, are what they say."""
+    tokenizer = chat_tokenizer()
+
+    def row(content, arguments):
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        asked = [{"role": "user", "content": content}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        return {"messages": [*asked, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]}
+
+    plain = load_chat(write(tmp_path / "a.jsonl", [row("1 + 2?", {"a": 1, "b": 2})]), tokenizer, 256, 1e-9, set())
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "2?"}]
+    forms = load_chat(write(tmp_path / "b.jsonl", [row(parts, '{"a": 1, "b": 2}')]), tokenizer, 256, 1e-9, set())
+    assert forms.train.to_list() == plain.train.to_list()
+    empty = load_chat(write(tmp_path / "c.jsonl", [row("x", ""), row("y", None)]), tokenizer, 256, 1e-9, set())
+    assert empty.conversations == 2
+    bad = [row([{"type": "image_url"}], {}), row("x", "{"), row("x", "[1]"), "[" * 100_000]
+    chat = load_chat(write(tmp_path / "d.jsonl", [*bad, row("x", {})]), tokenizer, 256, 1e-9, set())
+    assert chat.left_out == {
+        "content that is not text": 1, "tool calls without a function and its arguments as a JSON object": 2, "not JSON": 1,
+    }  # fmt: skip
+
+
+def test_an_answer_is_learnt_to_its_end_whatever_the_post_processor_trims():
+    """Post-processors may trim spaces off the places of tokens, and the answers' first tokens begin with one."""
+    from tokenizers import processors
+
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = talk("say it", "hello there", "again", "  hello")
+    (row,) = encode(tokenizer, messages)
+    assert learnt(tokenizer, row) == [" hello there", "   hello"]
+
+
+def test_a_conversation_that_the_assistant_opens():
+    tokenizer = chat_tokenizer()
+    (row,) = encode(tokenizer, talk("hello", "say it again", "hello there", first="assistant"))
+    assert learnt(tokenizer, row) == ["hello<|im_end|>", "hello there<|im_end|>"]
+
+
+def test_many_conversations_are_encoded_by_other_processes(tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer()
+    source = write(tmp_path / "chat.jsonl", [{"messages": talk(f"{i}", "hello there! " * (1 + i % 9))} for i in range(60)])
+    one = load_chat(source, tokenizer, 40, 0.2, set())
+    monkeypatch.setattr("parloop.corpus.chat.FEW", 5)
+    other = load_chat(source, tokenizer, 40, 0.2, set())
+    assert 0 < one.left_out["over 40 tokens"] < 50
+    assert (one.train.to_list(), one.validation.to_list()) == (other.train.to_list(), other.validation.to_list())
+    assert (one.digest, one.left_out) == (other.digest, other.left_out)

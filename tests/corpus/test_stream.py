@@ -1,15 +1,19 @@
 """Mixtures: shares by tokens, every document once, the same rows for any number of processes, and a place to go on from."""
 
+import errno
 import json
+import os
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_corpus import write_sources
 
 from parloop.corpus import CorpusSettings, Mixture, Part, StreamLoader, train_tokenizer
-from parloop.corpus.stream import Stream, what_was_read
+from parloop.corpus.sources import read_all
+from parloop.corpus.stream import Stream, _held_out, what_was_read
 from parloop.errors import CheckpointError, SourceError
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(60)]
@@ -42,6 +46,11 @@ def part(source, weight=1.0, share=0.2, **more):
     return Part(CorpusSettings(source=str(source), validation_share=share, **more), weight)
 
 
+def held_out_of(mixture):
+    (one,) = mixture.parts
+    return [text for _, text, _ in read_all(one.settings) if text is not None and _held_out(text, one.settings)]
+
+
 SOURCES = ["files", "one.jsonl", "many/*.jsonl", "table.parquet"]
 
 
@@ -63,7 +72,7 @@ def test_every_document_once_and_none_that_is_held_out(made, tokenizer, source, 
             if source.epoch == 1:
                 break
             given[text] += 1
-    held_out = [text for _, text in mixture.validation_texts(len, 10**9)]
+    held_out = held_out_of(mixture)
     assert set(given) | set(held_out) == set(TEXTS)
     assert not set(given) & set(held_out)
     assert set(given.values()) == {1}
@@ -217,7 +226,7 @@ def test_a_torn_table_is_counted_and_the_others_are_read(made, tokenizer, tmp_pa
         names.append(source.next()[0])
     assert len(names) > 40
     assert all("a-good" in name for name in names)
-    assert source.left_out == {"unreadable as parquet": 1}
+    assert source.left_out == {"unreadable as parquet from some row on": 1}
 
 
 def test_what_cannot_be(made, tokenizer, tmp_path):
@@ -267,5 +276,91 @@ def test_the_library_streams_of_the_hub(made, tokenizer, monkeypatch):
         again = Stream(mixture, tokenizer, number)
         again.restore(json.loads(json.dumps(stopped.state())))
         assert [again.row()["documents"] for _ in range(29)] == [row["documents"] for row in whole[11:]]
-    texts = {text for _, text in mixture.validation_texts(len, 10**9)}
+    texts = set(held_out_of(mixture))
     assert 3 < len(texts) < 30
+
+
+def test_samples_and_validation_are_mixed_as_the_weights_say(made, tokenizer, tmp_path):
+    """A tokenizer's texts by bytes, validation documents by tokens."""
+    rows = [json.dumps({"text": f"words {i} " * 9}) for i in range(300)]
+    (tmp_path / "words.jsonl").write_text("\n".join(rows))
+    parts = [part(tmp_path / "words.jsonl", 3.0, share=0.5), part(made / "files", 1.0, share=0.5)]
+    mixture = Mixture(parts, length=32, streams=1, shuffle_documents=10)
+    texts = list(mixture.sample_texts(4000))
+    words = sum(len(text) for text in texts if text.startswith("words"))
+    assert words == pytest.approx(3000, abs=300)
+    assert sum(map(len, texts)) == pytest.approx(4000, abs=300)
+    documents = mixture.validation_documents(tokenizer, 400)
+    words = sum(len(ids) for ids in documents if "words" in tokenizer.decode(ids))
+    assert (words, sum(map(len, documents))) == (300, 400)
+    # A source that is read to its end gives no more, and the others go on.
+    assert len(list(mixture.sample_texts(10**9))) == sum(
+        not _held_out(json.loads(row)["text"], parts[0].settings) for row in rows
+    ) + sum(not _held_out(text, parts[1].settings) for text in TEXTS)
+
+
+def test_tables_are_dealt_by_file_only_if_shares_come_out_about_as_large(made, tokenizer, tmp_path):
+    """Of three files for two streams one would get twice as much, so rows are dealt; of two or sixteen, files."""
+    for count, by_file in ((2, True), (3, False), (16, True), (15, False)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            rows = [json.dumps({"text": f"{count} {i} {n}"}) for n in range(6)]
+            (folder / f"{i:02}.jsonl").write_text("\n".join(rows))
+        mixture = Mixture([part(folder / "*.jsonl", share=1e-9)], 32, 2, 10)
+        given = []
+        for stream in range(2):
+            source, names = Stream(mixture, tokenizer, stream).parts[0], []
+            while True:
+                name, _ = source.next()
+                if source.epoch:
+                    break
+                names.append(name)
+            given.append(names)
+        assert sorted(given[0] + given[1]) == sorted(set(given[0] + given[1]))
+        assert len(given[0]) == len(given[1]) == 3 * count
+        files = [{name.split(",")[0] for name in names} for names in given]
+        assert files[0].isdisjoint(files[1]) == by_file
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.EIO, "When it can be again, the same command goes on"),
+        (errno.EMFILE, "raise the limit .*, or lower data_streams"),
+    ],
+)
+def test_a_machine_that_fails_ends_the_reading(made, tokenizer, monkeypatch, code, message):
+    """And is not counted as a bad file, which later runs would read."""
+
+    def fails(self, *_):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", fails)
+    with pytest.raises(SourceError, match=message):
+        Stream(Mixture([part(made / "files")], 32, 1, 10), tokenizer, 0).row()
+
+
+def test_a_file_that_may_not_be_read_is_left_out(made, tokenizer, monkeypatch):
+    read = Path.read_bytes
+
+    def denied(self):
+        if self.name.endswith("1.py"):
+            raise PermissionError(errno.EACCES, "denied", str(self))
+        return read(self)
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    source = Stream(Mixture([part(made / "files")], 32, 1, 10), tokenizer, 0).parts[0]
+    while not source.epoch:
+        source.next()
+    assert source.left_out["unreadable"] == len(list((made / "files").rglob("*1.py"))) > 0
+
+
+def test_what_cannot_be_a_table(made, tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(SourceError, match=r"has tables and other files \(a.jsonl, b.txt\): name them apart"):
+        Stream(Mixture([part(tmp_path / "*", share=1e-9)], 16, 1, 10), tokenizer, 0).row()
+    (tmp_path / "late.jsonl").write_text("\n".join(['{"content": "x"}'] * 1500 + ['{"text": "x"}']))
+    with pytest.raises(SourceError, match=r"there is no column 'text': choose text_column among .'content'"):
+        Stream(Mixture([part(tmp_path / "late.jsonl", share=1e-9)], 16, 1, 10), tokenizer, 0).row()

@@ -39,7 +39,8 @@ def traffic(recipe: Recipe, output: Path) -> None:
     counted = Counter()
     for _ in range(2):  # the second is as all that follow
         with Traffic() as seen:
-            model(ids, labels=ids).loss.backward()
+            for _ in range(recipe.gradient_accumulation):
+                model(ids, labels=ids).loss.backward()
             free_gathered(model)
         counted = seen.elements
     if state.is_main_process:

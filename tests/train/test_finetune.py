@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_chat import chat_tokenizer, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from parloop.errors import RecipeError, SourceError
 from parloop.train import ChatRecipe, load_recipe
-from parloop.train.finetune import Rows, finetune, packed
+from parloop.train.checkpoint import export
+from parloop.train.finetune import Rows, finetune, order_of, packed
+from parloop.train.trainer import training_arguments
 
 QUIET = Console(quiet=True)
 WORDS = ["red", "green", "blue", "black", "white", "grey"]
@@ -81,19 +85,28 @@ def test_full_fine_tuning_learns_the_rule(tuned):
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_the_same_loss_by_hand(made):
+def test_the_same_loss_by_hand(made, tmp_path):
     """TRL's fused loss over packed rows, against each conversation by itself."""
     recipe = recipe_of(made)
     tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    from trl import SFTConfig
+
     from parloop.corpus.chat import load_chat
+    from parloop.train.sft import PLTSFTTrainer
 
     chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, set())
     rows = packed(chat.train, recipe)
     assert len(rows) < len(chat.train) / 2
     batch = Rows(recipe.length, 0)([rows[i] for i in range(4)])
     model = AutoModelForCausalLM.from_pretrained(made / "base").eval()
+    arguments = SFTConfig(
+        **training_arguments(recipe, tmp_path, 1, eval_strategy="no"), dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer = PLTSFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    learnt = (batch["labels"][:, 1:] != -100).sum()
     with torch.no_grad():
-        together = model(**batch, use_cache=False).loss
+        together = trainer.compute_loss(model, dict(batch), num_items_in_batch=learnt)
+        assert together.item() == pytest.approx(model(**batch, use_cache=False).loss.item(), abs=1e-5)
         total, count = 0.0, 0
         texts = [tuple(row["input_ids"]) for row in chat.train]
         for i in range(4):
@@ -215,3 +228,72 @@ def test_a_file_with_chat_is_a_recipe_for_conversations(made, tmp_path):
         load_recipe(tmp_path / "r.yaml", hidden_size=4)
     with pytest.raises(RecipeError, match="--lora-rank says nothing to recipe 'quick', which trains on text"):
         load_recipe("quick", lora_rank=4)
+
+
+def test_every_conversation_once_in_every_epoch():
+    order = order_of(7, 18, 0)
+    assert [sorted(order[i : i + 7]) for i in (0, 7)] == [list(range(7))] * 2
+    assert len(set(order[14:])) == 4
+    assert list(order[:7]) != list(order[7:14])
+    assert list(order_of(7, 9, 0)) == list(order[:9])
+
+
+def test_epochs_see_every_row(made, tmp_path, monkeypatch):
+    seen, collate = [], Rows.__call__
+
+    def remembered(self, rows):
+        seen.extend(row["input_ids"][0:9] for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(Rows, "__call__", remembered)
+    result = finetune(recipe_of(made, packing=False, epochs=2.0, eval_every=0), tmp_path / "run", console=QUIET)
+    counts = [seen.count(row) for row in seen]
+    assert result["steps"] == -(-2 * result["rows"] // 4)
+    assert min(counts) == 2
+
+
+@pytest.mark.parametrize(("mode", "visits"), [("none", 4), ("layer", 8), ("loop", 8)])
+def test_what_is_recomputed_is_run_twice(made, tmp_path, monkeypatch, mode, visits):
+    run, forward = [], LlamaMLP.forward
+
+    def seen(self, *args, **kwargs):
+        run.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaMLP, "forward", seen)
+    finetune(recipe_of(made, epochs=0.01, eval_every=0, gradient_checkpointing=mode), tmp_path / "run", console=QUIET)
+    layers = AutoModelForCausalLM.from_pretrained(made / "base").config.num_hidden_layers
+    assert len(run) == visits * layers / 2
+
+
+def test_a_checkpoint_of_adapters_is_exported_merged(made, tmp_path):
+    """With the loop counts that it was trained at."""
+    recipe = recipe_of(made, lora_rank=4, learning_rate=3e-2, loops=[1, 2], save_every=4)
+
+    def stop(step, loss):
+        if step == 6:
+            raise StopError
+
+    with pytest.raises(StopError):
+        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+    exported = AutoModelForCausalLM.from_pretrained(export(tmp_path / "run" / "checkpoint-4", tmp_path / "out"))
+    assert exported.config.trained_loops == [1, 2]
+    base = AutoModelForCausalLM.from_pretrained(made / "base").state_dict()
+    changed = {name for name, tensor in exported.state_dict().items() if not torch.equal(tensor, base[name])}
+    assert changed
+    assert all("proj" in name for name in changed)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    finetune(recipe, tmp_path / "run", console=QUIET)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.trained_loops == [1, 2]
+
+
+def test_what_does_not_fit_the_model(made, tmp_path):
+    with pytest.raises(RecipeError, match=r"lora_targets has 'qkv', which the model does not: choose among down_proj"):
+        finetune(recipe_of(made, lora_rank=4, lora_targets=["qkv"]), tmp_path / "run", console=QUIET)
+    base = tmp_path / "base"
+    shutil.copytree(made / "base", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(RecipeError, match=r"tokenizer of .* tokens were added without resizing the model"):
+        finetune(recipe_of(made, model=str(base)), tmp_path / "other", console=QUIET)

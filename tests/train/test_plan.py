@@ -39,18 +39,24 @@ def test_parameters(tied):
         },
     ],
 )
-def test_memory_against_a_measured_step(mode, loops, shape):
-    """One process, float32, packed rows. (Sharded: benchmarks/training_memory.py.)"""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_against_a_measured_step(mode, loops, shape, precision):
+    """One process, packed rows; bfloat16 as Trainer computes it, with autocast. (Sharded: benchmarks/training_memory.py.)"""
     recipe = Recipe(**shape, loops=loops, gradient_checkpointing=mode)
     model = build_model(recipe)
     if mode in ("layer", "both"):
         model.activation_checkpointing_enable({"use_reentrant": False})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # as in a step's second micro-batch
     rows, length = 4, 256
     ids, places = torch.full((rows, length), 3), torch.arange(length).remainder(100).repeat(rows, 1)
     with LiveBytes() as live:
-        live.known |= {p.untyped_storage()._cdata for p in model.parameters()}
-        model(ids, position_ids=places, labels=ids).loss.backward()
-    planned = training_memory(model.config, rows, length, checkpointing=mode, element=4, norm=3)
+        live.known |= {t.untyped_storage()._cdata for p in model.parameters() for t in (p, p.grad)}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model(ids, position_ids=places, labels=ids).loss
+        loss.backward()
+    element = 2 if precision == "bfloat16" else 4
+    planned = training_memory(model.config, rows, length, checkpointing=mode, element=element, fused=False)
     assert planned.total - planned.states == pytest.approx(live.peak, rel=0.1)
 
 
@@ -95,7 +101,8 @@ def test_adapters_need_no_optimizer_for_the_rest(tmp_path):
         8 * 3 * sum(a + b for a, b in [(128, 128), (128, 64), (128, 64), (128, 128), (128, 384), (128, 384), (384, 128)])
     )
     assert full.states == 16 * P
-    assert lora.states == 4 * P + 16 * adapters
+    assert lora.states == 2 * P + 16 * adapters  # frozen in bfloat16
+    assert training_memory(Recipe().plt_config(), 1, 64, shards=2, adapters=1).states == 4 * P / 2 + 16
 
 
 def test_the_command(monkeypatch, capsys):

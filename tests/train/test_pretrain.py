@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_corpus import write_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from parloop.corpus import collate, load_corpus
+from parloop.corpus import load_corpus
 from parloop.errors import CheckpointError, RecipeError, TrainingDivergedError
+from parloop.model.modeling import PLTForCausalLM
 from parloop.train import Recipe
 from parloop.train.checkpoint import export, last_whole_checkpoint, load_weights
 from parloop.train.pretrain import TRAINED_ON, build_model, train, whole_batches
@@ -181,9 +184,12 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(recipe, corpus, tmp_path
 def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
     (tmp_path / "thesis.tex").write_text("")
-    for output in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(RecipeError, match=r"holds no run .* --fresh does not delete it"):
+    for output, message in ((tmp_path, r"other things than a run \(thesis.tex\)"), (tmp_path / "thesis.tex", "is a file")):
+        with pytest.raises(RecipeError, match=message):
             train(short, output, corpus=corpus, console=QUIET, fresh=True)
+    short.save(tmp_path / "recipe.yaml")  # a folder of recipes is no run either
+    with pytest.raises(RecipeError, match="other things than a run"):
+        train(short, tmp_path, corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "run").mkdir()
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
@@ -310,7 +316,8 @@ def test_shipped_recipes_run_at_tiny_size(name, recipe, tmp_path, monkeypatch):
         "tokenizer": None,
     }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    small = Recipe.load(name, source=recipe.source, window_tokens=8, device="cpu", eval_every=2, eval_rows=2)
+    source = None if name == "loopcoder-v2-7b" else recipe.source
+    small = Recipe.load(name, source=source, window_tokens=8, device="cpu", eval_every=2, eval_rows=2)
     if small.mixture:
         texts = {}
         for part in small.mixture:
@@ -336,7 +343,7 @@ def mixed(recipe, tmp_path, **changes):
     rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) for i in range(400)]
     (tmp_path / "rows.jsonl").write_text("\n".join(["{", *rows]))
     mixture = [{"source": recipe.source, "weight": 1.0}, {"source": str(tmp_path / "rows.jsonl"), "weight": 3.0}]
-    fields = {"mixture": mixture, "data_streams": 2, "shuffle_documents": 6}
+    fields = {"source": "stdlib", "mixture": mixture, "data_streams": 2, "shuffle_documents": 6}
     return changed(recipe, **(fields | changes))
 
 
@@ -386,10 +393,19 @@ def test_a_mixture_with_a_tokenizer_that_is_there(recipe, finished, tmp_path):
     assert one == other
 
 
-def test_another_loop_count_at_every_step(recipe, corpus, tmp_path, recwarn):
-    both = changed(recipe, loops=[1, 2])
+def test_another_loop_count_at_every_step(recipe, corpus, tmp_path, recwarn, monkeypatch):
+    both, forward, given = changed(recipe, loops=[1, 2]), PLTForCausalLM.forward, []
+
+    def seen(self, *args, **kwargs):
+        if self.training:
+            given.append(kwargs.get("num_loops"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PLTForCausalLM, "forward", seen)
     result = train(both, tmp_path / "run", corpus=corpus, console=QUIET)
+    monkeypatch.setattr(PLTForCausalLM, "forward", forward)
     drawn = [drawn_loops([1, 2], 0, step) for step in range(30)]
+    assert given == drawn
     assert 8 < drawn.count(1) < 22
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.trained_loops == [1, 2]
@@ -397,11 +413,6 @@ def test_another_loop_count_at_every_step(recipe, corpus, tmp_path, recwarn):
     for loops in (1, 2):
         model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=2, num_loops=loops)
     assert not [w for w in recwarn if "num_loops" in str(w.message)]
-    # The loss of a step is that of its loop count: replay the first step of each.
-    plain = build_model(both, corpus.tokenizer)
-    batch = collate([corpus.train[i] for i in range(4)])
-    losses = {n: plain(**batch, num_loops=n, use_cache=False).loss.item() for n in (1, 2)}
-    assert losses[1] != pytest.approx(losses[2], abs=1e-4)
 
     def stop(step, loss):
         if step == 16:
@@ -481,3 +492,96 @@ def test_gates_of_either_name_are_read(recipe, tmp_path):
     load_weights(other, tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_of_steps_with_one_loop_only(recipe, corpus, tmp_path, seed):
+    """Whose optimizer has no state for the gates yet."""
+    both = changed(recipe, loops=[1, 2], save_every=1, tokens=8 * 4 * 32, eval_every=0, seed=seed)
+    whole = train(both, tmp_path / "whole", corpus=corpus, console=QUIET)
+    ones = [drawn_loops([1, 2], seed, step) for step in range(8)].index(2)
+
+    def stop(step, loss):
+        if step == max(ones, 1) + 1:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(both, tmp_path / "run", corpus=corpus, console=QUIET, on_step=stop)
+    result = train(both, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert_same_run((tmp_path / "whole", whole), (tmp_path / "run", result))
+
+
+@pytest.mark.parametrize("mode", ["none", "layer", "loop", "both"])
+def test_what_is_recomputed_is_run_twice(recipe, corpus, tmp_path, monkeypatch, mode):
+    """By visits of layers: one forward pass, and what the backward pass runs again."""
+    visits, forward = [], LlamaMLP.forward
+
+    def seen(self, *args, **kwargs):
+        if self.training:
+            visits.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaMLP, "forward", seen)
+    once = changed(recipe, tokens=4 * 32, gradient_checkpointing=mode, eval_every=0)
+    train(once, tmp_path / "run", corpus=corpus, console=QUIET)
+    # With both, a loop that is run again stops before its last layers, which are run again by themselves.
+    assert len(visits) == {"none": 4, "layer": 8, "loop": 8, "both": 10}[mode]
+
+
+def test_what_can_be_changed(recipe, corpus, tmp_path):
+    """Of a run that has begun, what does not change the result; of one that has not, everything."""
+
+    def stop_at(number):
+        def stop(step, loss):
+            if step == number:
+                raise StopError
+
+        return stop
+
+    with pytest.raises(StopError):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=stop_at(8))
+    whole = train(recipe, tmp_path / "whole", corpus=corpus, console=QUIET)
+    result = train(changed(recipe, gradient_accumulation=2), tmp_path / "run", corpus=corpus, console=QUIET)
+    for (_, a), (_, b) in zip(whole["loss_curve"], result["loss_curve"]):
+        assert a == pytest.approx(b, abs=1e-4)
+
+    small = mixed(recipe, tmp_path)
+    with pytest.raises(RecipeError, match="fill no row of length=32"):
+        train(changed(small, validation_share=1e-9), tmp_path / "mixed", console=QUIET)
+    assert (tmp_path / "mixed" / "recipe.yaml").exists()
+    assert train(changed(small, learning_rate=2e-3), tmp_path / "mixed", console=QUIET)["steps"] == 30
+
+
+def test_a_source_beside_a_mixture(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"source=.* beside a mixture: put it among the mixture's entries"):
+        mixed(recipe, tmp_path, source=recipe.source)
+
+
+def test_a_tokenizer_and_the_embedding(recipe, finished, corpus, tmp_path):
+    """One that is given may have fewer tokens than the embedding rows, as the released one has, but not more."""
+    padded = changed(recipe, tokenizer=str(finished[0]), vocab_size=320, tokens=2 * 4 * 32, eval_every=0)
+    train(padded, tmp_path / "padded", corpus=corpus, console=QUIET)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "padded").config.vocab_size == 320
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(100)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    more = changed(recipe, init_from=str(finished[0]), tokenizer=str(tmp_path / "larger"))
+    with pytest.raises(RecipeError, match=r"has 400 tokens, and the embedding of .* 300 rows: leave tokenizer out"):
+        build_model(more, tokenizer)
+
+
+def test_fresh_keeps_the_folder_that_it_runs_in(recipe, corpus, tmp_path, monkeypatch):
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(RecipeError, match="holds the folder that this runs in"):
+        train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+
+
+def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-7").mkdir()
+    (tmp_path / "run" / "stream-0000.json").write_text("{}")
+    result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert result == json.loads((finished[0] / "training.json").read_text())
+    assert not list((tmp_path / "run").glob("checkpoint-*")) + list((tmp_path / "run").glob("stream-*"))

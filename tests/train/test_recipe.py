@@ -90,8 +90,14 @@ def test_scales_follow_from_the_initialisation():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    recipe = load_recipe(path)
-    assert isinstance(recipe, ChatRecipe) if path.stem.startswith("chat") else recipe.steps > 100
+    if not path.stem.startswith("chat"):
+        assert load_recipe(path).steps > 100
+        return
+    with pytest.raises(RecipeError, match="model is missing: folder or Hub name of the PLT checkpoint"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"chat is missing: a .jsonl file"):
+        load_recipe(path, model="base")
+    assert isinstance(load_recipe(path, model="base", chat="chat.jsonl"), ChatRecipe)
 
 
 def test_several_loop_counts(tmp_path):

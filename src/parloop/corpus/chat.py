@@ -8,15 +8,23 @@ it and with it. Some templates write an earlier turn otherwise than the last one
 model would see when it answered is another text, and the turn gets a row of its own.
 """
 
+import copy
 import glob
 import hashlib
 import json
+import multiprocessing
+import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 
 from ..errors import SourceError
 from . import sources
@@ -25,6 +33,9 @@ from .corpus import is_validation
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "environment"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NAMED = 20  # how many left-out rows of each reason are named
+FEW = 2000  # conversations that are not worth other processes
+COLUMNS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+Row = dict[str, list[int]]
 
 
 @dataclass
@@ -32,15 +43,15 @@ class Chat:
     """Encoded conversations.
 
     Attributes:
-        train, validation: rows of {"input_ids": [..], "labels": [..]}, both as long; -100 where nothing is learnt.
+        train, validation: rows of input_ids and labels, both as long; -100 where nothing is learnt.
         left_out: reason -> how many rows.
         left_out_names: reason -> the first of them.
         digest: of the conversations that are used.
         stops: whether the last learnt token of every turn ends generation.
     """
 
-    train: list[dict[str, list[int]]] = field(default_factory=list)
-    validation: list[dict[str, list[int]]] = field(default_factory=list)
+    train: Dataset
+    validation: Dataset
     conversations: int = 0
     left_out: Counter = field(default_factory=Counter)
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
@@ -49,7 +60,7 @@ class Chat:
 
 
 def load_chat(source: str, tokenizer: Any, length: int, validation_share: float, stop_ids: set[int]) -> Chat:
-    """Read and encode conversations. Rows that cannot be used are counted, not fatal.
+    """Read and encode conversations, on all cores if there are many. Rows that cannot be used are counted, not fatal.
 
     Args:
         source: a .jsonl or .parquet file, a glob of them, or hub:OWNER/NAME.
@@ -65,37 +76,41 @@ def load_chat(source: str, tokenizer: Any, length: int, validation_share: float,
             "the checkpoint's tokenizer has no chat template, so it is not known how it writes conversations: put a chat_template.jinja "
             "into its folder."
         )
-    chat, seen, digest = Chat(), set(), hashlib.sha256()
-    for name, row, reason in _rows(source):
-        encoded: list[dict[str, list[int]]] = []
-        key = b""
-        if not reason:
-            reason = what_is_wrong(row)
-        if not reason:
-            key = hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "replace")).digest()
-            reason = "duplicate" if key in seen else ""
-        if not reason:
+    empty = Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
+    chat, digest = Chat(empty, empty), hashlib.sha256()
+    held_out: list[int] = []
+    learnt: list[int] = []
+
+    def use() -> Iterator[Row]:
+        for name, key, encoded, reason in _encoded(_distinct(source), tokenizer):
+            if not reason and max(len(row["input_ids"]) for row in encoded) > length:
+                reason = f"over {length} tokens"
+            if reason:
+                chat.left_out[reason] += 1
+                if len(chat.left_out_names.setdefault(reason, [])) < NAMED:
+                    chat.left_out_names[reason].append(name)
+                continue
+            digest.update(key)
+            chat.conversations += 1
+            for row in encoded:
+                last = next(label for label in reversed(row["labels"]) if label != -100)
+                chat.stops &= last in stop_ids
+                places = held_out if is_validation(key, validation_share) else learnt
+                places.append(len(held_out) + len(learnt))
+                yield row
+
+    rows = use()
+    first = list(islice(rows, 1))
+    if first:
+        with tempfile.TemporaryDirectory() as folder:  # where `datasets` writes what it then holds mapped into memory
             try:
-                encoded = encode(tokenizer, row["messages"], _tools(row))
-            except Exception as error:  # templates raise what they like
-                reason = f"the chat template refuses it ({str(error).splitlines()[0][:80]})"
-        if not reason and not any(label != -100 for example in encoded for label in example["labels"]):
-            reason = "nothing of the assistant's to learn"
-        if not reason and max(len(example["input_ids"]) for example in encoded) > length:
-            reason = f"over {length} tokens"
-        if reason:
-            chat.left_out[reason] += 1
-            if len(chat.left_out_names.setdefault(reason, [])) < NAMED:
-                chat.left_out_names[reason].append(name)
-            continue
-        seen.add(key)
-        digest.update(key)
-        chat.conversations += 1
-        for example in encoded:
-            learnt = [label for label in example["labels"] if label != -100]
-            chat.stops &= learnt[-1] in stop_ids
-        (chat.validation if is_validation(key, validation_share) else chat.train).extend(encoded)
-    if not chat.train:
+                everything = Dataset.from_generator(
+                    lambda: chain(first, rows), features=COLUMNS, cache_dir=folder, fingerprint=os.urandom(8).hex()
+                )
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from error
+        chat.train, chat.validation = everything.select(learnt), everything.select(held_out)
+    if not learnt:
         left_out = ", ".join(f"{n} {reason}" for reason, n in chat.left_out.most_common()) or "nothing"
         raise SourceError(
             f"chat={source!r} has no conversation to train on (left out: {left_out}). Rows look like "
@@ -105,26 +120,116 @@ def load_chat(source: str, tokenizer: Any, length: int, validation_share: float,
     return chat
 
 
-def what_is_wrong(row: Any) -> str:
-    """Why a row is no conversation, or nothing."""
+# Which rows
+
+
+def _distinct(source: str) -> Iterator[tuple[str, bytes, Any, str]]:
+    """(name, hash, messages and tools, or why there are none) of every row."""
+    seen = set()
+    for name, row, reason in _rows(source):
+        talk, key = None, b""
+        if not reason:
+            try:
+                talk, reason = conversation(row)
+            except RecursionError:
+                reason = "nested too deeply"
+        if not reason:
+            key = hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "replace")).digest()
+            reason = "duplicate" if key in seen else ""
+            seen.add(key)
+        yield name, key, talk, reason
+
+
+def conversation(row: Any) -> tuple[Any, str]:
+    """(messages and tools) of a row as templates expect them, or (None, why it is no conversation).
+
+    Content in parts is joined, and arguments of calls that are JSON text are read: OpenAI's forms of both.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        return "no messages"
+        return None, "no messages"
+    messages = []
     for message in row["messages"]:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return "a message without a known role"
-        if message.get("content") is None and not message.get("tool_calls"):
-            return "a message without content"
-    if not any(message["role"] == "assistant" for message in row["messages"]):
-        return "no turn of the assistant's"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in ROLES:
+            return None, "a message without a known role"
+        content, calls = message.get("content"), message.get("tool_calls")
+        if content is None and not calls:
+            return None, "a message without content"
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+        ):
+            content = "".join(part["text"] for part in content)
+        if content is not None and not isinstance(content, str):
+            return None, "content that is not text"
+        messages.append(message | ({"content": content} if "content" in message else {}))
+        if calls:
+            try:
+                messages[-1]["tool_calls"] = [_call(call) for call in calls]
+            except (ValueError, TypeError, AttributeError):
+                return None, "tool calls without a function and its arguments as a JSON object"
+    if not any(message["role"] == "assistant" for message in messages):
+        return None, "no turn of the assistant's"
     try:
-        tools = _tools(row)
+        tools = row.get("tools")
+        tools = (json.loads(tools) if isinstance(tools, str) else tools) or None
     except ValueError:
-        return "tools that are not JSON"
-    return "" if tools is None or isinstance(tools, list) else "tools that are no list"
+        return None, "tools that are not JSON"
+    return ((messages, tools), "") if tools is None or isinstance(tools, list) else (None, "tools that are no list")
 
 
-def encode(tokenizer: Any, messages: list[dict], tools: list | None = None) -> list[dict[str, list[int]]]:
-    """A conversation as rows of input_ids and labels: one row, or several if the template writes earlier turns otherwise."""
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function") or call)
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+        raise TypeError
+    function["arguments"] = arguments
+    return call | {"function": function} if "function" in call else function
+
+
+# Text and tokens
+
+
+def _encoded(talks: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any) -> Iterator[tuple[str, bytes, list[Row], str]]:
+    """The same, encoded, in order."""
+    few = list(islice(talks, FEW))
+    encoder = _Encoder(tokenizer)
+    yield from map(encoder, few)
+    if len(few) < FEW:
+        return
+    # Other processes are started afresh: copies of one that has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        yield from pool.imap(encoder, talks, chunksize=64)
+
+
+class _Encoder:
+    """Encodes a conversation; whatever is wrong with it is a reason, and no error."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.untrimmed = tokenizer, without_post_processor(tokenizer)
+
+    def __call__(self, item: tuple[str, bytes, Any, str]) -> tuple[str, bytes, list[Row], str]:
+        name, key, talk, reason = item
+        rows: list[Row] = []
+        if not reason:
+            try:
+                messages, tools = talk
+                rows = encode(self.tokenizer, messages, tools, self.untrimmed)
+            except Exception as error:  # templates raise what they like
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = f"the chat template refuses it ({said[:80]})"
+        rows = [row for row in rows if any(label != -100 for label in row["labels"])]
+        if not reason and not rows:
+            reason = "nothing of the assistant's to learn"
+        return name, key, rows, reason
+
+
+def encode(tokenizer: Any, messages: list[dict], tools: list | None = None, untrimmed: Any = None) -> list[Row]:
+    """A conversation as rows of input_ids and labels: one row, or several if the template writes earlier turns otherwise.
+
+    Args:
+        untrimmed: `without_post_processor(tokenizer)`, if it is at hand.
+    """
     options = {"tools": tools, "tokenize": False}
     if GENERATION.search(_template(tokenizer, tools)):
         done = tokenizer.apply_chat_template(
@@ -135,8 +240,13 @@ def encode(tokenizer: Any, messages: list[dict], tools: list | None = None) -> l
     turns = []  # of each of the assistant's: the text before it, and with it
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options) if i else ""
-            turns.append((before, tokenizer.apply_chat_template(messages[: i + 1], **options)))
+            after = tokenizer.apply_chat_template(messages[: i + 1], **options)
+            if i:
+                before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
+            else:  # a conversation that the assistant opens: up to the header that asks for its turn
+                header = _header(tokenizer, options)
+                before = after[: after.find(header) + len(header)] if header in after else ""
+            turns.append((before, after))
     rows = []
     while turns:
         text = turns[-1][1]
@@ -145,13 +255,31 @@ def encode(tokenizer: Any, messages: list[dict], tools: list | None = None) -> l
             raise ValueError("the text before a turn is not how the text with it begins")
         turns = [turn for turn in turns if turn not in fitting]
         spans = [(len(before), len(after.rstrip())) for before, after in fitting]
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = (untrimmed or without_post_processor(tokenizer))(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        # A token that reaches over a turn's border, such as a space with the first word, holds something to learn.
         labels = [
-            token if end > start and any(low <= start and end <= high for low, high in spans) else -100
+            token if any(start < high and end > low for low, high in spans) else -100
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"])
         ]
         rows.append({"input_ids": list(encoded["input_ids"]), "labels": labels})
     return rows[::-1]
+
+
+def _header(tokenizer: Any, options: dict[str, Any]) -> str:
+    """What a template writes to ask for the assistant's turn."""
+    asked = [{"role": "user", "content": "?"}]
+    without = tokenizer.apply_chat_template(asked, **options)
+    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options).removeprefix(without)
+
+
+def without_post_processor(tokenizer: Any) -> Any:
+    """A tokenizer that leaves the white space in the places that it gives for tokens, which post-processors may trim off."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
 
 
 def _template(tokenizer: Any, tools: list | None) -> str:
@@ -159,11 +287,6 @@ def _template(tokenizer: Any, tools: list | None) -> str:
     if isinstance(template, dict):  # several, by name
         template = template.get("tool_use" if tools and "tool_use" in template else "default", "")
     return template
-
-
-def _tools(row: dict) -> list | None:
-    tools = row.get("tools")
-    return (json.loads(tools) if isinstance(tools, str) else tools) or None
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any, str]]:
@@ -176,8 +299,13 @@ def _rows(source: str) -> Iterator[tuple[str, Any, str]]:
         if path.suffix == ".parquet":
             from datasets import load_dataset
 
-            for number, row in enumerate(load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)):
-                yield f"{path}, row {number}", _without_nulls(row), ""
+            try:
+                for number, row in enumerate(load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)):
+                    yield f"{path}, row {number}", _without_nulls(row), ""
+            except Exception as error:
+                if isinstance(error, OSError):
+                    sources.stop_for(error, path)
+                yield str(path), None, "a table that cannot be read, from some row on"
         elif path.suffix == ".jsonl" or (not Path(source).is_dir() and not glob.has_magic(source)):
             with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
@@ -185,7 +313,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any, str]]:
                         continue
                     try:
                         yield f"{path}, line {number}", json.loads(line), ""
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         yield f"{path}, line {number}", None, "not JSON"
 
 

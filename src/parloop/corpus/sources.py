@@ -4,6 +4,7 @@ Every source yields (name, text or None, reason): one document, or why something
 file; what was left out is counted by reason and named in the corpus's summary.
 """
 
+import errno
 import glob
 import json
 import os
@@ -23,6 +24,9 @@ STDLIB = "stdlib"  # the standard library of the running interpreter
 INSTALLED = "installed"  # that and every installed package
 HUB = "hub:"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # extension -> loader of `datasets`
+TEXT_TOO = ".json"  # is a table if it is asked for, and a text file among others
+DEAL_FILES = 8  # files of tables for each share, so that shares come out about as large
+COLUMN_WITHIN = 1000  # rows in which a column must show up
 NOT_TEXT = ("site-packages", "dist-packages", "__pycache__", ".git", ".hg", "node_modules", ".venv")
 
 
@@ -61,20 +65,33 @@ def short_name(name: str) -> str:
 
 def _walk(top: Path) -> list[Path]:
     found = []
-    for folder, subfolders, names in os.walk(top):
+    for folder, subfolders, names in os.walk(top, onerror=stop_for):
         subfolders[:] = sorted(name for name in subfolders if name not in NOT_TEXT)
         found += [Path(folder, name) for name in sorted(names)]
     return found
 
 
-def table_files(source: str) -> tuple[str, list[Path]] | None:
-    """(loader, files) if the source is made of jsonl or parquet files, else None."""
-    if source in (STDLIB, INSTALLED) or source.startswith(HUB):
-        return None
-    path = Path(source).expanduser()
-    suffix = Path(source.rstrip("*")).suffix or path.suffix
-    loader = TABLES.get(suffix)
-    return None if loader is None else (loader, files_of(source))
+def stop_for(error: OSError, path: Any = None) -> None:
+    """Raise if it is the machine that fails, and not the file: what comes later would be missed without a word.
+
+    Raises:
+        SourceError: then.
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise SourceError(
+            f"too many files are open at {path or error.filename}: raise the limit (ulimit -n), or lower data_streams."
+        ) from error
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.ECONNRESET, errno.ENOTCONN):
+        raise SourceError(
+            f"{path or error.filename} cannot be read ({error}). When it can be again, the same command goes on."
+        ) from error
+
+
+def table_endings(source: str) -> set[str]:
+    """Endings of those of a source's files that are tables: none in a folder; .json, which may be text, only if the source ends so."""
+    if source in (STDLIB, INSTALLED) or Path(source).expanduser().is_dir():
+        return set()
+    return set(TABLES) - ({TEXT_TOO} - {Path(source.rstrip("*")).suffix})
 
 
 def fingerprint(source: str) -> list:
@@ -94,28 +111,28 @@ def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_by
     """All documents of a source, in an order that does not depend on the machine."""
     if source.startswith(HUB):
         yield from _read_table(open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
-    elif (table := table_files(source)) is not None:
-        loader, files = table
-        for path in files:
-            yield from _read_table_file(path, loader, text_column, max_file_bytes)
     else:
-        single = _is_single(source)
+        single, tables = _is_single(source), table_endings(source)
         for path in files_of(source):
-            if extensions and not single and path.suffix not in extensions:
+            if path.suffix in tables:
+                yield from _read_table_file(path, text_column, max_file_bytes)
+            elif extensions and not single and path.suffix not in extensions:
                 yield str(path), None, f"not {' or '.join(extensions)}"
             else:
                 yield _read_file(path, max_file_bytes)
 
 
 def read_dealt(
-    settings: Any, share: int, shares: int, order: np.random.Generator, place: Any = None
+    settings: Any, files: list[Path], share: int, shares: int, order: np.random.Generator, place: Any = None
 ) -> Iterator[tuple[Item, Callable[[], Any]]]:
     """The documents of one share of a source, each with a function that tells the place after it.
 
-    Files are dealt by their number, and so are the files of tables if there are enough, and their rows if not.
+    Text files are dealt by their number. So are tables if shares come out about as large: if there are many for each share, or as many for
+    each. If not, their rows are dealt, and every share reads all of them.
 
     Args:
         settings: a CorpusSettings.
+        files: of the source.
         share, shares: which share, from 0, of how many.
         order: files are read in an order drawn from it. It must be as it was when the place was taken. (Data sets of the Hub keep theirs.)
         place: where to go on. None: at the beginning.
@@ -124,56 +141,67 @@ def read_dealt(
     if source.startswith(HUB):
         yield from _deal_hub(source, column, limit, share, shares, place)
         return
-    table = table_files(source)
-    if table is None:
-        files = files_of(source)
+    endings = table_endings(source)
+    tables = [path for path in files if path.suffix in endings]
+    if not tables:
         if settings.extensions and not _is_single(source):
             files = [path for path in files if path.suffix in settings.extensions]
-        files = [files[share::shares][i] for i in order.permutation(len(files[share::shares]))]
+        files = files[share::shares]
+        files = [files[i] for i in order.permutation(len(files))]
         for number in range(place or 0, len(files)):
             yield _read_file(files[number], limit), partial(int, number + 1)
         return
-    loader, files = table
+    if len(tables) < len(files):
+        other = next(path for path in files if path.suffix not in endings)
+        raise SourceError(f"source {source!r} has tables and other files ({tables[0].name}, {other.name}): name them apart.")
     dealt = (share, shares)
-    if len(files) >= shares:
-        files, dealt = files[share::shares], (0, 1)
-    files = [files[i] for i in order.permutation(len(files))]
+    if len(tables) >= DEAL_FILES * shares or len(tables) % shares == 0:
+        tables, dealt = tables[share::shares], (0, 1)
+    tables = [tables[i] for i in order.permutation(len(tables))]
     first, start, row = place or (0, None, 0)
-    for number in range(first, len(files)):
-        read_rows = _deal_lines if files[number].suffix == ".jsonl" else _deal_table
+    for number in range(first, len(tables)):
+        read_rows = _deal_lines if tables[number].suffix == ".jsonl" else _deal_table
         if number > first:
             start, row = None, 0
         try:
-            for item, after, count in read_rows(files[number], loader, column, limit, start, row, *dealt):
+            for item, after, count in read_rows(tables[number], column, limit, start, row, *dealt):
                 yield item, partial(_table_place, number, after, count)
         except SourceError:
             raise
-        except Exception:
-            yield (str(files[number]), None, f"unreadable as {loader}"), partial(_table_place, number + 1, lambda: None, 0)
+        except Exception as error:
+            if isinstance(error, OSError):
+                stop_for(error, tables[number])
+            reason = f"unreadable as {TABLES[tables[number].suffix]} from some row on"
+            yield (str(tables[number]), None, reason), partial(_table_place, number + 1, lambda: None, 0)
 
 
 def _table_place(number: int, after: Callable[[], Any], row: int) -> list:
     return [number, after(), row]
 
 
-def _deal_lines(path: Path, loader: str, column: str, limit: int, start: int | None, row: int, share: int, shares: int):
+def _deal_lines(path: Path, column: str, limit: int, start: int | None, row: int, share: int, shares: int):
     """Every `shares`-th row of a .jsonl file from a byte on: the item, a function that tells the next byte, and the next row's number."""
+    found, others = start is not None, set()
     with open(path, "rb") as lines:
         lines.seek(start or 0)
         while line := lines.readline():
             row += 1
             if line.strip() and (row - 1) % shares == share:
                 item, columns = _read_line(line, f"{path}, line {row}", column, limit)
+                found |= column in columns
+                others |= columns
                 if columns and column not in columns:
                     item = (item[0], None, f"no column {column!r}")
                 yield item, partial(int, lines.tell()), row
+            if row == COLUMN_WITHIN * shares and others and not found:
+                raise _no_column(column, others, path)
 
 
-def _deal_table(path: Path, loader: str, column: str, limit: int, start: Any, row: int, share: int, shares: int):
+def _deal_table(path: Path, column: str, limit: int, start: Any, row: int, share: int, shares: int):
     """The same of a file that `datasets` reads, whose place is its own."""
     from datasets import load_dataset
 
-    rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
+    rows = load_dataset(TABLES[path.suffix], data_files=[str(path)], split="train", streaming=True)
     if start is not None:
         rows.load_state_dict(start)
     for values in rows:
@@ -213,7 +241,8 @@ def _read_file(path: Path, max_file_bytes: int) -> Item:
         if size > max_file_bytes:
             return name, None, f"over {max_file_bytes:,} bytes"
         data = path.read_bytes()
-    except OSError:
+    except OSError as error:
+        stop_for(error, path)
         return name, None, "unreadable"
     if b"\0" in data:
         return name, None, "binary"
@@ -224,7 +253,7 @@ def _read_file(path: Path, max_file_bytes: int) -> Item:
     return (name, text, "") if text.strip() else (name, None, "empty")
 
 
-def _read_table_file(path: Path, loader: str, text_column: str, max_file_bytes: int) -> Iterator[Item]:
+def _read_table_file(path: Path, text_column: str, max_file_bytes: int) -> Iterator[Item]:
     from datasets import load_dataset
 
     try:
@@ -233,12 +262,14 @@ def _read_table_file(path: Path, loader: str, text_column: str, max_file_bytes: 
         elif path.suffix == ".jsonl":
             yield from _read_lines(path, text_column, max_file_bytes)
         else:
-            rows = load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
+            rows = load_dataset(TABLES[path.suffix], data_files=[str(path)], split="train", streaming=True)
             yield from _read_table(rows, text_column, max_file_bytes, path)
     except SourceError:
         raise
-    except Exception:
-        yield str(path), None, f"unreadable as {loader}"
+    except Exception as error:
+        if isinstance(error, OSError):
+            stop_for(error, path)
+        yield str(path), None, f"unreadable as {TABLES[path.suffix]}"
 
 
 def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[Item]:
@@ -261,7 +292,7 @@ def _read_line(line: bytes, name: str, text_column: str, max_file_bytes: int) ->
     """The document in a line of JSON, and the columns that are there."""
     try:
         row = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
         return (name, None, "not JSON"), set()
     if not isinstance(row, dict):
         return (name, None, "not a row with columns"), set()

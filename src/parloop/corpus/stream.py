@@ -11,8 +11,10 @@ A block of documents is read, shuffled and given out before the next one is read
 begins, which one it is, and how many of it were given. (A reservoir that is refilled document by document would have to be saved whole.)
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from ..errors import CheckpointError, SourceError
 from . import sources
 from .corpus import CorpusSettings, is_validation
 from .packing import collate, pack
-from .tokenizer import text_ids
+from .tokenizer import document_ids, text_ids
 
 Place = Any  # where in a source a reader is: something that JSON can hold
 ENCODED_AT_ONCE = 32
@@ -49,7 +51,7 @@ class Mixture:
     Attributes:
         length: T, tokens per row.
         streams: independent streams that documents are dealt to.
-        shuffle_documents: documents of a source and stream that are shuffled at a time.
+        shuffle_documents: documents of a source that are shuffled at a time, over all streams.
     """
 
     parts: list[Part]
@@ -57,36 +59,48 @@ class Mixture:
     streams: int
     shuffle_documents: int
     seed: int = 0
+    _files: dict[str, list[Path]] = field(default_factory=dict, repr=False)
 
     def digest(self) -> str:
-        """Of what is read: names, sizes and times of files. Data sets of the Hub count by name only."""
-        known = [[part.settings.source, sources.fingerprint(part.settings.source)] for part in self.parts]
+        """Of what is read: names and sizes of files. Data sets of the Hub count by name only."""
+        files = [sources.fingerprint(part.settings.source) for part in self.parts]
+        known = [[part.settings.source, [entry[:2] for entry in found]] for part, found in zip(self.parts, files)]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def files_of(self, part: Part) -> list[Path]:
+        """The files of a source, looked for once. Empty for the Hub."""
+        source = part.settings.source
+        if source not in self._files:
+            self._files[source] = [] if source.startswith(sources.HUB) else sources.files_of(source)
+        return self._files[source]
 
     def sample_texts(self, max_bytes: int) -> Iterator[str]:
         """Documents to train on, mixed by bytes, until `max_bytes`: for a tokenizer."""
-        readers = [_Dealt(part.settings, 0, 1, number, self.seed, 50) for number, part in enumerate(self.parts)]
-        given = [0.0] * len(self.parts)
-        while sum(given) < max_bytes:
-            number = min(range(len(given)), key=lambda i: given[i] / self.parts[i].weight)
+        readers = [
+            _Dealt(part.settings, 0, 1, number, self.seed, 50, self.files_of(part)) for number, part in enumerate(self.parts)
+        ]
+        given, left = [0.0] * len(self.parts), set(range(len(self.parts)))
+        while sum(given) < max_bytes and left:
+            number = min(left, key=lambda i: given[i] / self.parts[i].weight)
             _, text = readers[number].next()
-            if readers[number].epoch:  # everything was read
-                return
+            if readers[number].epoch:  # it was read to its end
+                left.discard(number)
+                continue
             given[number] += len(text.encode("utf-8", "replace"))
             yield text
 
-    def validation_texts(self, tokens_of: Callable[[str], int], tokens: int) -> list[tuple[str, str]]:
-        """(source, text) of held-out documents, of each source by its weight, about `tokens` in all."""
-        total, texts = sum(part.weight for part in self.parts), []
+    def validation_documents(self, tokenizer: Any, tokens: int) -> list[np.ndarray]:
+        """Token ids of held-out documents: of each source as many tokens as its weight says, `tokens` in all if there are so many."""
+        total, documents = sum(part.weight for part in self.parts), []
         for part in self.parts:
-            wanted = tokens * part.weight / total
+            wanted = math.ceil(tokens * part.weight / total)
             for _, text, _ in sources.read_all(part.settings):
                 if text is not None and _held_out(text, part.settings):
-                    texts.append((part.settings.source, text))
-                    wanted -= tokens_of(text)
-                    if wanted <= 0:
+                    documents.append(document_ids(tokenizer, text)[:wanted])
+                    wanted -= len(documents[-1])
+                    if not wanted:
                         break
-        return texts
+        return documents
 
 
 def _held_out(text: str, settings: CorpusSettings) -> bool:
@@ -97,8 +111,10 @@ def _held_out(text: str, settings: CorpusSettings) -> bool:
 class _Dealt:
     """The documents of one source that one stream gets, epoch after epoch, in shuffled blocks."""
 
-    def __init__(self, settings: CorpusSettings, stream: int, streams: int, number: int, seed: int, block_size: int):
-        self.settings, self.stream, self.streams = settings, stream, streams
+    def __init__(
+        self, settings: CorpusSettings, stream: int, streams: int, number: int, seed: int, block_size: int, files: list[Path]
+    ):
+        self.settings, self.stream, self.streams, self.files = settings, stream, streams, files
         self.seed, self.number, self.block_size = seed, number, block_size
         self.epoch = 0
         self.block_number = -1  # of this epoch
@@ -133,9 +149,13 @@ class _Dealt:
         self._read_block(place)
         if not self.block:  # the epoch is over
             if not self.found:
+                left_out = self.left_out + self.left_out_of_block
+                remedy = "lower data_streams, or give a source with more documents"
+                if any(reason.startswith("no column") for reason in left_out):
+                    remedy = "set text_column"
                 raise SourceError(
-                    f"source {self.settings.source!r} has no document for stream {self.stream + 1} of {self.streams}: lower "
-                    f"data_streams, or give a source with more documents. Left out: {dict(self.left_out + self.left_out_of_block)}."
+                    f"source {self.settings.source!r} has no document for stream {self.stream + 1} of {self.streams}: {remedy}. "
+                    f"Left out: {dict(left_out)}."
                 )
             self.left_out += self.left_out_of_block
             self.epoch, self.block_number, self.items, self.found = self.epoch + 1, 0, None, False
@@ -147,7 +167,7 @@ class _Dealt:
         self.block_place, self.left_out_of_block, self.block = place, Counter(), []
         if self.items is None:
             order = np.random.default_rng([self.seed, self.number, self.stream, self.epoch])
-            self.items = sources.read_dealt(self.settings, self.stream, self.streams, order, place)
+            self.items = sources.read_dealt(self.settings, self.files, self.stream, self.streams, order, place)
         self.next_place = lambda: place
         for (name, text, reason), next_place in self.items:
             self.next_place = next_place
@@ -190,8 +210,9 @@ class Stream:
     def __init__(self, mixture: Mixture, tokenizer: Any, number: int):
         self.mixture, self.tokenizer, self.number = mixture, tokenizer, number
         options = (number, mixture.streams)
+        block = max(1, mixture.shuffle_documents // mixture.streams)
         self.parts = [
-            _Dealt(part.settings, *options, i, mixture.seed, mixture.shuffle_documents)
+            _Dealt(part.settings, *options, i, mixture.seed, block, mixture.files_of(part))
             for i, part in enumerate(mixture.parts)
         ]
         self.ahead: list[list[np.ndarray]] = [[] for _ in self.parts]  # documents of each that are encoded already
@@ -295,6 +316,7 @@ class StreamLoader:
 
     def steps(self) -> Iterator[tuple[list[dict[str, Any]], dict[int, dict]]]:
         """This process's rows of each step, and the states of its streams after it."""
+        _allow_open_files()
         streams = {number: Stream(self.mixture, self.tokenizer, number) for number in self.own}
         for number, state in self.states.items():
             streams[number].restore(state)
@@ -341,6 +363,17 @@ class _Batches(IterableDataset):
                     yield collate(rows[start : start + size]), states if last else None, None
         except SourceError as error:
             yield None, None, str(error)
+
+
+def _allow_open_files() -> None:
+    """Every stream holds a file of every source open, and the usual limit is 1024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def what_was_read(folder: Path) -> list[dict[str, Any]]:

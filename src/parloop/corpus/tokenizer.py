@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +13,11 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 0, 1, 2
 def text_ids(tokenizer: Any, text: Any) -> Any:
     """Token ids of a text, or of each of a list: of the text alone, in which a string like <|eos|> is text and no border."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def document_ids(tokenizer: Any, text: str) -> np.ndarray:
+    """int32 ids of a document, between its borders."""
+    return np.array([tokenizer.bos_token_id, *text_ids(tokenizer, text), tokenizer.eos_token_id], dtype=np.int32)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -136,8 +136,13 @@ def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any,
 def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
     """Every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    _quiet(dcp.load, {"optimizer": state}, checkpoint_id=str(folder / OPTIMIZER))
-    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    there = FileSystemReader(folder / OPTIMIZER).read_metadata().state_dict_metadata
+    saved = {name: value for name, value in state.items() if f"optimizer.{name}" in there}
+    _quiet(dcp.load, {"optimizer": saved}, checkpoint_id=str(folder / OPTIMIZER))
+    set_optimizer_state_dict(model, optimizer, state | saved, options=FLAT)
+    for name, parameter in model.named_parameters():
+        if f"state.{name}.step" in state and f"state.{name}.step" not in saved:
+            optimizer.state.pop(parameter)  # gates before the first step with more than one loop have no state yet
     scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
 
@@ -159,7 +164,8 @@ def last_whole_checkpoint(output: Path) -> Path | None:
 
 
 def export(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer.
+    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer. Adapters are merged
+    into the model that the run's recipe names.
 
     Args:
         checkpoint: checkpoint-N of a run, by any number of processes.
@@ -178,12 +184,19 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    if (checkpoint / "adapter_config.json").is_file():
+        from .finetune import merge_adapter
+        from .recipe import ChatRecipe
+
+        recipe = ChatRecipe.load(checkpoint.parent / "recipe.yaml")
+        counts = recipe.loop_counts
+        merge_adapter(recipe.model, checkpoint, scratch, counts if counts and len(counts) > 1 else None)
     if list(checkpoint.glob("shard-*.safetensors")):
         consolidate_distributed_checkpoint(checkpoint, scratch)
         (weights,) = scratch.glob("*.safetensors")
         weights.rename(scratch / "model.safetensors")
         (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
-    apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|.*\.(pth|pt)")
+    apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|adapter_.*|README\.md|.*\.(pth|pt)")
     for path in checkpoint.iterdir():
         if path.is_file() and not apart.fullmatch(path.name):
             shutil.copyfile(path, scratch / path.name)

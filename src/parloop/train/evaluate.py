@@ -61,6 +61,7 @@ def evaluate_documents(
     max_chars: int = 0,
     num_loops: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    as_lm_eval: bool = False,
 ) -> Evaluation:
     """Evaluate `texts`.
 
@@ -68,6 +69,8 @@ def evaluate_documents(
         length: T, tokens per window.
         max_chars: use at most this many characters of each text; 0: all. (An <eos> is predicted only after a whole text.)
         on_batch: called with batches done and batches in all.
+        as_lm_eval: count as lm-eval's rolling log-likelihood does: <eos> is not predicted, and a text's last window, if it is not its
+            first, is filled up to T tokens with those before it, which are predicted once all the same.
     """
     R = num_loops or model.config.plt_num_loops
     windows, sizes = [], []
@@ -75,8 +78,11 @@ def evaluate_documents(
         part, whole = cut_text(text, max_chars)
         sizes.append(len(part.encode("utf-8", "replace")))
         ids = text_ids(tokenizer, part)
-        ids = [tokenizer.bos_token_id, *ids, *([tokenizer.eos_token_id] if whole else [])]
-        windows += [(number, ids[start : start + length + 1]) for start in range(0, len(ids) - 1, length)]
+        ids = [tokenizer.bos_token_id, *ids, *([tokenizer.eos_token_id] if whole and not as_lm_eval else [])]
+        for start in range(0, len(ids) - 1, length):
+            end = min(start + length + 1, len(ids))
+            first = max(0, end - length - 1) if as_lm_eval else start
+            windows.append((number, ids[first:end], end - start - 1))
     windows.sort(key=lambda window: len(window[1]))  # rows of similar length share a batch
     result = Evaluation(
         nll=np.zeros((len(texts), R)),
@@ -88,13 +94,15 @@ def evaluate_documents(
     model.eval()
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
-        longest = max(len(ids) for _, ids in batch)
-        padded = torch.tensor([ids + [-100] * (longest - len(ids)) for _, ids in batch], device=model.device)
-        targets = padded[:, 1:]
+        longest = max(len(ids) for _, ids, _ in batch)
+        padded = torch.tensor([ids + [-100] * (longest - len(ids)) for _, ids, _ in batch], device=model.device)
+        targets = padded[:, 1:].clone()
+        for row, (_, ids, predicted) in enumerate(batch):
+            targets[row, : len(ids) - 1 - predicted] = -100  # context that was predicted before
         # Padding comes after the text, so no real token sees it and no mask is needed.
         inputs = padded[:, :-1].clamp(min=0)
         output = model.model(inputs, use_cache=False, num_loops=num_loops)
-        numbers = [number for number, _ in batch]
+        numbers = [number for number, _, _ in batch]
         for loop, state in enumerate(output.loop_states):
             logits = model.lm_head(state).float()
             nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # zero where the target is -100

@@ -5,28 +5,36 @@ ready to be served; of a LoRA run also with `adapter/`, for those who keep the b
 """
 
 import json
+import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from ..corpus import sources
 from ..corpus.chat import Chat, load_chat
 from ..errors import RecipeError
 from ..generate import load_config, load_model, load_part, local_folder
 from ..model.configuration import PLTConfig
+from ..model.modeling import PLTForCausalLM
+from ..record import write_json
 from .checkpoint import load_base, save_model, save_weights
-from .pretrain import MODEL_DONE, TRAINED_ON, close_run, curves, open_run, run
+from .pretrain import MODEL_DONE, TRAINED_ON, close_run, curves, finished, open_run, run
 from .recipe import ChatRecipe
-from .sharding import empty_model, start_processes, uses_bfloat16
+from .sharding import empty_model, first_process_first, start_processes, uses_bfloat16
 from .trainer import training_arguments
 
 ADAPTER = "adapter"
+ROWS, SUMMARY = "conversations", "summary.json"  # what was made of the conversations, in the run's folder
 
 
 def finetune(
@@ -63,34 +71,32 @@ def finetune(
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
-    with state.main_process_first():
+    with first_process_first(state):
         if main:
             open_run(recipe, output, fresh)
     if (output / MODEL_DONE).exists():
-        return json.loads((output / MODEL_DONE).read_text())
+        return finished(output, main)
 
     config = _config(recipe)
     tokenizer = load_part(AutoTokenizer, recipe.model, "tokenizer (tokenizer.json)")
-    stop_ids = _stop_ids(config, tokenizer, local_folder(recipe.model))
-    with console.status("reading conversations"):
-        chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
-    _tell(chat, console)
-    kept = output / TRAINED_ON
-    if kept.exists() and json.loads(kept.read_text())["digest"] != chat.digest:
+    if len(tokenizer) > config.vocab_size:
         raise RecipeError(
-            f"chat={recipe.chat!r} has changed since the run in {str(output)!r} began: start over with --fresh, or choose another "
-            f"--output."
+            f"the tokenizer of {recipe.model!r} has {len(tokenizer)} tokens, and its embedding {config.vocab_size} rows: its tokenizer files are "
+            f"another model's, or tokens were added without resizing the model."
         )
-    train_rows, validation_rows = (packed(rows, recipe) for rows in (chat.train, chat.validation))
-    steps = max(1, round(recipe.epochs * len(train_rows) / recipe.batch_size))
+    with first_process_first(state):
+        if main:
+            stop_ids = _stop_ids(config, tokenizer, local_folder(recipe.model))
+            with console.status("reading conversations"):
+                prepare(recipe, output, tokenizer, stop_ids, console)
+    summary = json.loads((output / ROWS / SUMMARY).read_text())
+    train_rows, validation_rows = (load_from_disk(str(output / ROWS / name)) for name in ("train", "validation"))
     if len(train_rows) < recipe.batch_size:
         raise RecipeError(
             f"the conversations fill {len(train_rows)} rows of length={recipe.length}, and a step takes batch_size={recipe.batch_size}: "
             f"lower batch_size or length, set packing: false, or give more conversations."
         )
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / "recipe.yaml")
+    steps = math.ceil(recipe.epochs * len(train_rows) / recipe.batch_size)
 
     model = _model(recipe, config, state)
     evaluates = bool(recipe.eval_every and len(validation_rows))
@@ -102,17 +108,18 @@ def finetune(
         eval_strategy="steps" if evaluates else "no",
         packing=False,  # done already, into rows that stay rows
         max_length=None,
+        train_sampling_strategy="sequential",  # shuffled already
         dataset_kwargs={"skip_prepare_dataset": True},
         average_tokens_across_devices=True,
     )
     trainer = PLTSFTTrainer(
         model=model,
         args=SFTConfig(**arguments),
-        train_dataset=train_rows.select(range(len(train_rows) - len(train_rows) % recipe.batch_size)),
+        train_dataset=train_rows.select(order_of(len(train_rows), steps * recipe.batch_size, recipe.seed)),
         eval_dataset=validation_rows.select(range(min(len(validation_rows), recipe.eval_rows))) if evaluates else None,
         data_collator=Rows(recipe.length if recipe.packing else None, tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
-        peft_config=_lora(recipe) if recipe.lora_rank else None,
+        peft_config=_lora(recipe, model) if recipe.lora_rank else None,
     )
     counts = config.trained_loops
     trainer.loop_counts = counts if len(counts) > 1 else None
@@ -125,16 +132,16 @@ def finetune(
             f"{output.name}: R = {' or '.join(map(str, counts))}",
             console,
             on_step,
-            {"digest": chat.digest},
+            {"digest": summary["digest"]},
         )
 
     tuned: Any = trainer.model
     result = {
         "steps": steps,
-        "conversations": chat.conversations,
+        "conversations": summary["conversations"],
         "rows": len(train_rows),
         "tokens": steps * recipe.batch_size * recipe.length,
-        "left_out": dict(chat.left_out),
+        "left_out": summary["left_out"],
         "processes": state.num_processes,
         "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
     } | curves(trainer, recipe.batch_size * recipe.length)
@@ -145,16 +152,53 @@ def finetune(
     return result
 
 
-def packed(rows: list[dict[str, list[int]]], recipe: ChatRecipe) -> Dataset:
+def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int], console: Console) -> None:
+    """Encode and pack the conversations into the run's folder, where all processes, and resumed runs, find them.
+
+    Raises:
+        SourceError: there are none.
+        RecipeError: they are others than when the run began.
+    """
+    folder, known = output / ROWS, json.loads(json.dumps([sources.fingerprint(recipe.chat), tokenizer.chat_template]))
+    kept = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
+    if kept is not None and kept["fingerprint"] == known:
+        return
+    datasets.disable_progress_bars()
+    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
+    _tell(chat, console)
+    begun = output / TRAINED_ON
+    if begun.exists() and json.loads(begun.read_text())["digest"] != chat.digest:
+        raise RecipeError(
+            f"chat={recipe.chat!r} has changed since the run in {str(output)!r} began: start over with --fresh, or choose another "
+            f"--output."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, rows in (("train", chat.train), ("validation", chat.validation)):
+        packed(rows, recipe).save_to_disk(str(folder / name))
+    summary = {
+        "fingerprint": known,
+        "digest": chat.digest,
+        "conversations": chat.conversations,
+        "left_out": dict(chat.left_out),
+    }
+    write_json(folder / SUMMARY, summary)
+
+
+def order_of(rows: int, wanted: int, seed: int) -> np.ndarray:
+    """Which rows are trained on: all of them, epoch after epoch, in another order each time, until there are as many as wanted."""
+    epochs = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(-(-wanted // rows))]
+    return np.concatenate(epochs)[:wanted]
+
+
+def packed(data: Dataset, recipe: ChatRecipe) -> Dataset:
     """Conversations in rows of at most `length` tokens: input_ids, labels, seq_lengths."""
     from trl import pack_dataset
 
-    data = Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
     if not len(data):
         return data
     if recipe.packing:
         return pack_dataset(data, seq_length=recipe.length, strategy="bfd")
-    return data.add_column("seq_lengths", [[len(row["input_ids"])] for row in rows])
+    return data.add_column("seq_lengths", [[len(ids)] for ids in data["input_ids"]])
 
 
 class Rows:
@@ -205,9 +249,15 @@ def _model(recipe: ChatRecipe, config: PLTConfig, state: PartialState) -> Any:
     return model.train()
 
 
-def _lora(recipe: ChatRecipe) -> Any:
+def _lora(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
     from peft import LoraConfig
 
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = sorted(set(recipe.lora_targets) - linear)
+    if unknown:
+        raise RecipeError(
+            f"lora_targets has {unknown[0]!r}, which the model does not: choose among {', '.join(sorted(linear))}."
+        )
     return LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # a float does
@@ -250,10 +300,20 @@ def _save(model: Any, recipe: ChatRecipe, output: Path, tokenizer: Any, state: P
     else:
         save_weights(model, output / ADAPTER)
     if recipe.lora_rank and state.is_main_process:
-        from peft import PeftModel
-
         tokenizer.save_pretrained(output / ADAPTER)
-        base = load_model(recipe.model, "cpu")
-        PeftModel.from_pretrained(base, output / ADAPTER).merge_and_unload().save_pretrained(output)
+        merge_adapter(recipe.model, output / ADAPTER, output, model.config.plt_trained_loops)
     if state.is_main_process:
         tokenizer.save_pretrained(output)
+
+
+def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] | None) -> None:
+    """Write the base with an adapter merged into its weights.
+
+    Args:
+        trained_loops: the loop counts that the adapter was trained at, if they are several.
+    """
+    from peft import PeftModel
+
+    model: Any = load_model(base, "cpu")
+    model.config.plt_trained_loops = trained_loops
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)

@@ -29,28 +29,30 @@ class Memory:
 
     Attributes:
         states: float32 weights, gradients and Adam's two moments, sharded.
-        gathered: weights in the computation's precision.
+        gathered: weights in the computation's precision: gathered, or on one process cast.
+        cast: of those, what goes when the forward pass ends.
         activations: what the forward pass keeps for the backward pass.
         logits: what the loss holds, in several precisions.
         recomputed: one layer, or one loop, run again in the backward pass.
         gradients: sums over loops of the layers' gradients, before they are scattered.
-        loops: R.
+        gone: of the activations, what the last loop's backward pass frees, less the gradients that it leaves.
     """
 
     states: float
     gathered: float
+    cast: float
     activations: float
     logits: float
     recomputed: float
     gradients: float
-    loops: int
+    gone: float
 
     @property
     def total(self) -> float:
         """At the worse of two moments: at the loss, when all activations are there; and when the last loop's backward pass ends,
         whose activations are gone but all layers' gradients wait for the other loops'."""
-        at_loss = self.activations + max(self.logits, self.recomputed)
-        later = self.activations * (self.loops - 1) / self.loops + self.recomputed + self.gradients
+        at_loss = self.activations + max(self.logits + self.cast, self.recomputed)
+        later = self.activations - self.gone + self.recomputed + self.gradients
         return self.states + self.gathered + max(at_loss, later)
 
 
@@ -66,26 +68,56 @@ def parameters(config: PLTConfig) -> dict[str, int]:
     return {"layers": layers, "embedding": embedding, "head": head, "gates": gates, "total": total}
 
 
-def kept_per_token(config: PLTConfig, loop: int, norm: int = 2) -> float:
-    """Numbers that one visit of a layer keeps for its backward pass, per token.
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a step computes.
+
+    Attributes:
+        element: bytes of a number: 2 for bfloat16, 4 for float32.
+        stream: bytes of a number of the residual stream: 4 under autocast, whose embedding gives float32 (one process); else as
+            element (on several, FSDP2 casts all weights).
+        fused: norms are one kernel, as on GPUs; on CPUs they keep what they normed, in float32, besides.
+    """
+
+    element: int = 2
+    stream: int = 2
+    fused: bool = True
+
+    @property
+    def autocast(self) -> bool:
+        return self.stream > self.element
+
+    def norm(self, width: int, readers: int, source: bool = True) -> float:
+        """Bytes that a norm keeps of a token: its input (if nothing else keeps it), and its output once, or under autocast once for
+        every layer that reads it."""
+        output = self.element * width * (readers if self.autocast else 1)
+        if self.fused:
+            return output + source * self.stream * width
+        return output + 4 * width + (source or self.stream < 4) * 4 * width
+
+
+def kept_per_token(config: PLTConfig, loop: int, arithmetic: Arithmetic) -> float:
+    """Bytes that one visit of a layer keeps for its backward pass, per token.
 
     Args:
         loop: 1, or more: later loops attend twice and have gates.
-        norm: tensors of width D that a norm and what reads it keep: input and output with a fused kernel (GPUs), and the input
-            normed but not yet scaled besides without one (CPUs).
     """
     D, F = config.hidden_size, config.intermediate_size
     H, q = config.num_attention_heads, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
+    norms = arithmetic.norm(D, 3) + arithmetic.norm(D, 2)  # read by q, k, v and by gate, up
     attention = 4 * q + H  # query, output (the projection's input), key and value for every head, log-sum-exp
     mlp = 4 * F  # gate, its activation, up, their product
-    kept = 2 * norm * D + attention + mlp
+    kept = attention + mlp
     if loop == 1:
-        return kept + 2 * kv  # what later loops read
+        return norms + arithmetic.element * (kept + 2 * kv)  # what later loops read
     w = config.window_tokens
     bands = 2 * q * (1 + w / band_block(w)) if w else 0  # keys and values of the window, overlapping
-    gate = (norm - 1) * D + H if config.plt_gate_use_hidden_states else H
-    return kept + 3 * q + H + bands + gate  # folded query, both outputs, and what blends them
+    if config.plt_gate_use_hidden_states:
+        norms += arithmetic.norm(D, 1, source=False)
+    return norms + arithmetic.element * (
+        kept + 3 * q + 2 * H + bands
+    )  # folded query, both outputs, the gate, what blends them
 
 
 def training_memory(
@@ -96,9 +128,10 @@ def training_memory(
     loops: int | None = None,
     checkpointing: str = "none",
     shards: int = 1,
+    processes: int | None = None,
     gather: str = "step",
     element: int = 2,
-    norm: int = 2,
+    fused: bool = True,
     adapters: int = 0,
 ) -> Memory:
     """Of one process.
@@ -106,43 +139,57 @@ def training_memory(
     Args:
         rows: of a micro-batch of this process.
         shards: processes that the states are divided among.
+        processes: all of them; default: shards.
         element: bytes of a number in the computation: 2 for bfloat16, 4 for float32.
-        norm: see kept_per_token.
+        fused: see Arithmetic.
         adapters: parameters of LoRA adapters, which are then all that is trained.
     """
+    alone = (processes or shards) == 1
     R, L, D, V = loops or config.plt_num_loops, config.num_hidden_layers, config.hidden_size, config.vocab_size
     kv = config.num_key_value_heads * config.head_dim
     counted = parameters(config)
+    # A frozen model on one process is bfloat16 itself; everything else is cast as it is needed.
+    cast = element < 4 and not (alone and adapters)
+    arithmetic = Arithmetic(element, 4 if alone and cast else element, fused)
     tokens = rows * length
-    first, later = (kept_per_token(config, loop, norm) for loop in (1, 2))
-    stream = D * tokens  # one state of the residual stream
-    keys = 2 * kv * L * tokens if R > 1 else 0  # loop 1's, which all later loops read
-    between = (norm + 1) * stream * R + stream * (R - 1)  # final norms, states of loops, their blends
+    first, later = (kept_per_token(config, loop, arithmetic) for loop in (1, 2))
+    stream = arithmetic.stream * D * tokens  # one state of the residual stream
+    keys = element * 2 * kv * L * tokens if R > 1 else 0  # loop 1's, which all later loops read
+    between = R * tokens * arithmetic.norm(D, 1) + (R - 1) * stream  # final norms, inputs of loops
     visits = tokens * L * (first + (R - 1) * later)
     largest = tokens * (later if R > 1 else first)
-    held = {
-        "none": visits,
-        "layer": R * L * stream + keys,
-        "loop": R * stream + keys,
-        "both": R * stream + keys,
-    }[checkpointing]
-    again = {"none": 0, "layer": largest, "both": L * stream + keys + largest, "loop": keys + L * largest}[checkpointing]
+    held = {"none": visits, "layer": R * L * stream + keys, "loop": R * stream + keys, "both": R * stream + keys}[
+        checkpointing
+    ]
+    # When the last loop's backward pass has ended, what was kept for it is gone, and loop 1's keys have gradients.
+    gone = {"none": L * tokens * later, "layer": L * stream, "loop": stream, "both": stream}[checkpointing]
+    gone = gone + tokens * arithmetic.norm(D, 1) - keys if R > 1 else held + between
+    if R == 2:  # and what comes is loop 1
+        gone += {"none": 0, "layer": 1, "both": 1, "loop": L}[checkpointing] * tokens * (later - first)
+    again = {"none": 0, "layer": largest, "both": L * stream + largest, "loop": L * largest}[checkpointing]
     blocks = -(-length // band_block(config.window_tokens))
     window = rows * blocks * band_block(config.window_tokens) * (config.window_tokens + band_block(config.window_tokens))
-    masks = rows * length * length + (window if R > 1 else 0)
-    # Logits in the computation's precision and in float32, log-probabilities, and the gradient of these.
-    logits = tokens * V * ((element if element < 4 else 0) + 12)
-    whole = element if shards > 1 else 0
+    masks = element * (rows * length * length + (window if R > 1 else 0))
+    logits = tokens * V * (element + 8)  # and in float32 the log-probabilities and a gradient
     layer = counted["layers"] / L
     ends = counted["total"] - counted["layers"]
+    if not alone:
+        copies = element * (counted["total"] if gather == "step" else ends + 2 * layer)
+    else:  # autocast's, of all matrices but the embedding
+        copies = element * (counted["total"] - counted["embedding"]) if cast else 0
+    # What autocast cast is kept for the backward pass, or goes when the forward pass ends, and is cast again with what is recomputed.
+    briefly = copies - element * (counted["head"] + layer) if alone and cast and checkpointing in ("layer", "both") else 0
+    sums = element * (counted["layers"] if R > 1 else 2 * layer)
+    frozen = 4 if cast or element == 4 else 2
     return Memory(
-        states=16 * counted["total"] / shards if not adapters else 4 * counted["total"] / shards + 16 * adapters,
-        gathered=whole * (counted["total"] if gather == "step" else ends + 2 * layer),
-        activations=element * (held + between + masks),
+        states=16 * counted["total"] / shards if not adapters else frozen * counted["total"] / shards + 16 * adapters,
+        gathered=copies - briefly,
+        cast=briefly,
+        activations=held + between + masks,
         logits=logits,
-        recomputed=element * again + 4 * counted["head"],
-        gradients=0 if adapters else whole * (counted["layers"] if R > 1 else 2 * layer),
-        loops=R,
+        recomputed=again + 4 * counted["head"],
+        gradients=0 if adapters else sums,
+        gone=gone,
     )
 
 
@@ -172,7 +219,7 @@ def plan_of(recipe: Recipe | ChatRecipe) -> dict[str, Any]:
             for micro in sorted((n for n in range(1, each + 1) if each % n == 0), reverse=True):
                 memory = training_memory(
                     config, micro, recipe.length, loops=chosen, checkpointing=recipe.gradient_checkpointing,
-                    shards=gpus // recipe.replicas, gather=gather, adapters=_adapters(recipe, config),
+                    shards=gpus // recipe.replicas, processes=gpus, gather=gather, adapters=_adapters(recipe, config),
                 )  # fmt: skip
                 if memory.total <= GPU_BYTES * ROOM:
                     break

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from ..corpus import Corpus, Mixture, Part, StreamLoader, collate, load_corpus, pack, text_ids, train_tokenizer
+from ..corpus import Corpus, Mixture, Part, StreamLoader, collate, load_corpus, pack, train_tokenizer
 from ..corpus.stream import what_was_read
+from ..corpus.tokenizer import document_ids
 from ..errors import RecipeError
 from ..generate import load_config, load_part, local_folder
 from ..model.configuration import PLTConfig
@@ -33,14 +34,19 @@ from ..model.modeling import PLTForCausalLM
 from ..record import write_json
 from .checkpoint import STATE, last_whole_checkpoint, load_base, load_weights, save_model, step_of
 from .recipe import ChatRecipe, Recipe, RunSettings
-from .sharding import agreed, empty_model, fill, start_processes
+from .sharding import agreed, empty_model, fill, first_process_first, start_processes
 from .trainer import BarCallback, Clock, HiddenScaleWarmup, PLTTrainer, StepCallback, quiet_libraries, training_arguments
 
 MODEL_DONE = "training.json"  # written last: the run is finished
-TRAINED_ON = "corpus.json"  # the digest of what is trained on, written first
+TRAINED_ON = "corpus.json"  # the digest of what is trained on, written when training begins
+PREPARED = {  # what may be in a run's folder before that
+    "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "validation",
+    "conversations",
+}  # fmt: skip
 TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
 FREE_TO_CHANGE = {  # do not change what is trained
-    "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gather", "replicas",
+    "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gradient_accumulation", "gather",
+    "replicas",
 }  # fmt: skip
 
 
@@ -51,7 +57,7 @@ def build_model(recipe: Recipe, tokenizer: Any = None, state: PartialState | Non
         RecipeError: the checkpoint has another loop count than the recipe.
         CheckpointError: it cannot be read.
     """
-    config = recipe.plt_config(tokenizer) if recipe.init_from is None else _config_to_go_on_from(recipe)
+    config = recipe.plt_config(tokenizer) if recipe.init_from is None else _config_to_go_on_from(recipe, tokenizer)
     config._attn_implementation = recipe.attention
     model = empty_model(config, recipe, state or PartialState(cpu=True))
     if recipe.init_from is None:
@@ -62,8 +68,13 @@ def build_model(recipe: Recipe, tokenizer: Any = None, state: PartialState | Non
     return model.train()
 
 
-def _config_to_go_on_from(recipe: Recipe) -> PLTConfig:
+def _config_to_go_on_from(recipe: Recipe, tokenizer: Any) -> PLTConfig:
     config = load_config(str(recipe.init_from))
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise RecipeError(
+            f"tokenizer {recipe.tokenizer or recipe.init_from!r} has {len(tokenizer)} tokens, and the embedding of {recipe.init_from!r} "
+            f"{config.vocab_size} rows: leave tokenizer out to use the checkpoint's own."
+        )
     if config.plt_num_loops != recipe.num_loops:
         raise RecipeError(
             f"init_from={recipe.init_from!r} has {config.plt_num_loops} loops and the recipe {recipe.loops}: set "
@@ -133,17 +144,15 @@ def train(
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
-    with state.main_process_first():
+    with first_process_first(state):
         if main:
             open_run(recipe, output, fresh)
             if corpus is not None:
                 _same_text(corpus.summary, output)
     if (output / MODEL_DONE).exists():
-        return json.loads((output / MODEL_DONE).read_text())
+        return finished(output, main)
     data = _Data(recipe, output, state, console, corpus)
     if main:
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / "recipe.yaml")
         data.tokenizer.save_pretrained(output)
 
     model = build_model(recipe, data.tokenizer, state)
@@ -176,8 +185,9 @@ def train(
     if data.stream is not None:
         data.stream.save(output)
         state.wait_for_everyone()
-        result["data"] = what_was_read(output)
     if main:
+        if data.stream is not None:
+            result["data"] = what_was_read(output)
         close_run(output, result)
     state.wait_for_everyone()
     return result
@@ -250,7 +260,7 @@ class _Data:
             self._open_mixture(settings, output, state, console)
             return
         if corpus is None:
-            with state.main_process_first():
+            with first_process_first(state):
                 corpus = load_corpus(settings.corpus_settings(), console=console)
             _same_text(corpus.summary, output)
         self.stream: StreamLoader | None = None
@@ -260,48 +270,40 @@ class _Data:
 
     def _open_mixture(self, recipe: Recipe, output: Path, state: PartialState, console: Console) -> None:
         mixture = mixture_of(recipe)
-        with state.main_process_first():
+        rows = (recipe.batch_size, recipe.gradient_accumulation, state.process_index, state.num_processes)
+        StreamLoader(mixture, None, *rows)  # whether streams and processes fit, before anything is prepared
+        with first_process_first(state):
             self.digest = mixture.digest()
             if state.is_main_process:
                 _same_text({"source": "mixture", "digest": self.digest}, output)
-                output.mkdir(parents=True, exist_ok=True)
                 with console.status("reading the mixture: tokenizer and validation rows"):
                     self._prepare(recipe, mixture, output)
             self.tokenizer = AutoTokenizer.from_pretrained(output)
             self.validation = load_from_disk(str(output / "validation")).with_format("numpy") if recipe.eval_every else None
-        self.stream = StreamLoader(
-            mixture,
-            self.tokenizer,
-            recipe.batch_size,
-            recipe.gradient_accumulation,
-            state.process_index,
-            state.num_processes,
-        )
+        self.stream = StreamLoader(mixture, self.tokenizer, *rows)
         self.rows = Dataset.from_dict({"input_ids": [[0]] * recipe.batch_size})  # Trainer asks for one; ours is the stream
 
     def _prepare(self, recipe: Recipe, mixture: Mixture, output: Path) -> None:
-        if not (output / "tokenizer.json").is_file():
-            if recipe.tokenizer is not None:
-                tokenizer = load_part(AutoTokenizer, recipe.tokenizer, "tokenizer (tokenizer.json)")
-                if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-                    raise RecipeError(
-                        f"tokenizer {recipe.tokenizer!r} has no bos_token or no eos_token; both mark document borders."
-                    )
-            else:
-                tokenizer = train_tokenizer(mixture.sample_texts(recipe.max_bytes or TOKENIZER_BYTES), recipe.vocab_size)
-            tokenizer.save_pretrained(output)
-        if recipe.eval_every and not (output / "validation").exists():
-            tokenizer = AutoTokenizer.from_pretrained(output)
-            wanted = recipe.eval_rows * recipe.length
-            texts = mixture.validation_texts(lambda text: len(text_ids(tokenizer, text)) + 2, wanted)
-            rows = validation_rows([text for _, text in texts], tokenizer, recipe)
+        if _has_begun(output):
+            return
+        if recipe.tokenizer is not None:
+            tokenizer = load_part(AutoTokenizer, recipe.tokenizer, "tokenizer (tokenizer.json)")
+            if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+                raise RecipeError(
+                    f"tokenizer {recipe.tokenizer!r} has no bos_token or no eos_token; both mark document borders."
+                )
+        else:
+            tokenizer = train_tokenizer(mixture.sample_texts(recipe.max_bytes or TOKENIZER_BYTES), recipe.vocab_size)
+        tokenizer.save_pretrained(output)
+        if recipe.eval_every:
+            rows = packed_rows(mixture.validation_documents(tokenizer, recipe.eval_rows * recipe.length), recipe)
             if not len(rows):
                 raise RecipeError(
                     f"the mixture's held-out documents fill no row of length={recipe.length}: raise validation_share, lower length, "
                     f"or set eval_every: 0."
                 )
-            rows.save_to_disk(str(output / "validation.partial"))
-            (output / "validation.partial").rename(output / "validation")
+            shutil.rmtree(output / "validation", ignore_errors=True)
+            rows.save_to_disk(str(output / "validation"))
 
 
 def mixture_of(recipe: Recipe) -> Mixture:
@@ -323,12 +325,18 @@ def whole_batches(corpus: Corpus, recipe: Recipe) -> Dataset:
 
 def validation_rows(texts: Any, tokenizer: Any, recipe: Recipe) -> Dataset:
     """The first validation documents, packed, for losses during training."""
-    tokens = []
+    tokens: list[np.ndarray] = []
+    wanted = recipe.eval_rows * recipe.length
     for text in texts:
-        tokens.append([tokenizer.bos_token_id, *text_ids(tokenizer, text), tokenizer.eos_token_id])
-        if sum(map(len, tokens)) > recipe.eval_rows * recipe.length:
+        tokens.append(document_ids(tokenizer, text))
+        wanted -= len(tokens[-1])
+        if wanted < 0:
             break
-    rows = pack([np.asarray(ids, dtype=np.int32) for ids in tokens], recipe.length)
+    return packed_rows(tokens, recipe)
+
+
+def packed_rows(tokens: list[np.ndarray], recipe: Recipe) -> Dataset:
+    rows = pack(tokens, recipe.length)
     return Dataset.from_dict({name: values[: recipe.eval_rows] for name, values in rows.items()}).with_format("numpy")
 
 
@@ -336,7 +344,8 @@ def validation_rows(texts: Any, tokenizer: Any, recipe: Recipe) -> Dataset:
 
 
 def open_run(recipe: Recipe | ChatRecipe, output: Path, fresh: bool) -> None:
-    """See that the folder is this recipe's, or free.
+    """See that the folder is this recipe's, or free, and make it this recipe's. A run that has not begun to train can be
+    changed: what was prepared for it is made again.
 
     Raises:
         RecipeError: it is neither.
@@ -349,14 +358,20 @@ def open_run(recipe: Recipe | ChatRecipe, output: Path, fresh: bool) -> None:
     if not path.exists():
         if output.exists() and any(output.iterdir()):
             raise RecipeError(f"output {str(output)!r} is not empty and holds no run: choose another folder.")
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.save(path)
         return
     before, now = _fields_of(type(recipe), path), dataclasses.asdict(recipe)
     differ = [name for name in now if now[name] != before.get(name) and name not in FREE_TO_CHANGE]
+    if differ and not _has_begun(output):
+        _delete_run(output)
+        return open_run(recipe, output, False)
     if differ:
         shown = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differ)
         raise RecipeError(
             f"output {str(output)!r} holds a run of another recipe ({shown}): choose another output, or start over with --fresh."
         )
+    recipe.save(path)
 
 
 def _fields_of(kind: type[RunSettings], path: Path) -> dict[str, Any]:
@@ -369,18 +384,37 @@ def _fields_of(kind: type[RunSettings], path: Path) -> dict[str, Any]:
 def close_run(output: Path, result: dict[str, Any]) -> None:
     """The run is finished: say so, and delete what was for resuming."""
     write_json(output / MODEL_DONE, result)
-    for folder in [*output.glob("checkpoint-*"), output / "validation"]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in output.glob("stream-*.json"):
-        file.unlink()
+    finished(output, True)
+
+
+def finished(output: Path, main: bool) -> dict[str, Any]:
+    """What a finished run left. Deletes what was for resuming, if a process was killed while it did."""
+    if main:
+        for folder in [*output.glob("checkpoint-*"), output / "validation", output / "conversations"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in output.glob("stream-*.json"):
+            file.unlink()
+    return json.loads((output / MODEL_DONE).read_text())
+
+
+def _has_begun(output: Path) -> bool:
+    return (output / TRAINED_ON).exists() or (output / MODEL_DONE).exists()
 
 
 def _delete_run(output: Path) -> None:
     if not output.exists():
         return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "recipe.yaml").is_file()):
+    if not output.is_dir():
+        raise RecipeError(f"output {str(output)!r} is a file: choose a folder.")
+    if Path.cwd().resolve().is_relative_to(output.resolve()):
         raise RecipeError(
-            f"output {str(output)!r} holds no run (there is no recipe.yaml), so --fresh does not delete it: choose another output."
+            f"output {str(output)!r} holds the folder that this runs in, which is not deleted: choose another output."
+        )
+    there = {path.name for path in output.iterdir()}
+    if there and not ("recipe.yaml" in there and (_has_begun(output) or there <= PREPARED)):
+        raise RecipeError(
+            f"output {str(output)!r} holds other things than a run ({', '.join(sorted(there - PREPARED)[:3])}), so it is not deleted: "
+            f"choose another output."
         )
     shutil.rmtree(output)
 

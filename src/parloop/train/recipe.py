@@ -126,12 +126,14 @@ class Recipe(RunSettings):
     extensions: list[str] = _([".py"], "endings of the files to read in a folder; empty: all text files")
     text_column: str = _("text", "column with the text, for tables and Hub data sets")
     tokenizer: str | None = _(None, "folder or Hub name of an existing tokenizer; default: train one")
-    vocab_size: int = _(512, "size of the tokenizer to train, in tokens")
+    vocab_size: int = _(512, "size of the tokenizer to train, in tokens; of the embedding at least, if a tokenizer is given")
     length: int = _(128, "T, tokens per row")
     validation_share: float = _(0.05, "share of the documents kept for validation")
     max_bytes: int = _(0, "read at most this many bytes of text; 0: all. Of a mixture, for its tokenizer; 0: 20 MB")
     max_file_bytes: int = _(1_000_000, "leave out longer documents")
-    shuffle_documents: int = _(1000, "of a mixture, documents of each source that are shuffled at a time")
+    shuffle_documents: int = _(
+        10_000, "of a mixture, documents of each source that are shuffled at a time, over all streams"
+    )
     data_streams: int = _(
         8, "of a mixture, streams that its documents are dealt to; processes share them, and it divides batch_size"
     )
@@ -168,6 +170,10 @@ class Recipe(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mixture = [_mixture_entry(entry) for entry in self.mixture]
+        if self.mixture and self.source != type(self).source:
+            raise RecipeError(
+                f"source={self.source!r} beside a mixture: put it among the mixture's entries, or leave one of them out."
+            )
         if self.mixture and self.batch_size % self.data_streams:
             raise RecipeError(
                 f"data_streams={self.data_streams} must divide batch_size={self.batch_size}: each gives as many rows to a step."
@@ -199,6 +205,11 @@ class Recipe(RunSettings):
         values.pop("weight", None)
         return CorpusSettings(**(values | {"extensions": tuple(values["extensions"])}))
 
+    def _vocabulary(self, tokenizer: Any) -> int:
+        if tokenizer is None:
+            return self.vocab_size
+        return max(len(tokenizer), self.vocab_size) if self.tokenizer is not None else len(tokenizer)
+
     def plt_config(self, tokenizer: Any = None) -> PLTConfig:
         """The model's configuration. Scales that the recipe leaves open follow from the initialisation: a fresh embedding
         has root mean square `initializer_range`, a normed state has 1, so c = a * initializer_range makes both terms of
@@ -213,7 +224,7 @@ class Recipe(RunSettings):
         try:
             return PLTConfig(
                 architectures=[ARCHITECTURE],
-                vocab_size=self.vocab_size if tokenizer is None else len(tokenizer),
+                vocab_size=self._vocabulary(tokenizer),
                 hidden_size=self.hidden_size,
                 intermediate_size=self.intermediate_size,
                 num_hidden_layers=self.num_hidden_layers,

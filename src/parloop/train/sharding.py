@@ -10,12 +10,16 @@ two ways:
                     room for two layers
 
 The gradient of a weight is the sum over its R visits. Autograd sums them before FSDP2 sees them, so they are scattered once
-per step either way; until loop 1's backward pass, every process holds the sums of all layers.
+per micro-batch either way; until loop 1's backward pass, every process holds the sums of all layers.
 """
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,9 +53,28 @@ def start_processes(settings: RunSettings) -> PartialState:
             f"batch_size={settings.batch_size} cannot be divided by {state.num_processes} processes and "
             f"gradient_accumulation={settings.gradient_accumulation}: choose a multiple of {each}."
         )
-    if state.num_processes % settings.replicas:
+    if state.num_processes > 1 and state.num_processes % settings.replicas:
         raise RecipeError(f"replicas={settings.replicas} must divide the number of processes, {state.num_processes}.")
     return state
+
+
+@contextlib.contextmanager
+def first_process_first(state: PartialState) -> Iterator[None]:
+    """The first process goes in, and when it comes out, the others. What it prepares may take hours, longer than collectives wait."""
+    if state.num_processes == 1:
+        yield
+        return
+    group = _patient_group()
+    if not state.is_main_process:
+        dist.barrier(group=group)
+    yield
+    if state.is_main_process:
+        dist.barrier(group=group)
+
+
+@functools.cache
+def _patient_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 def uses_cuda(settings: RunSettings) -> bool:
@@ -128,6 +151,15 @@ def main_process() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         PartialState().wait_for_everyone()
+
+
+def mean_over_processes(value: torch.Tensor) -> float:
+    """Of a number that each process has, of which all must call it."""
+    if dist.is_initialized():
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value.item() / dist.get_world_size()
+    return value.item()
 
 
 def agreed(folder: Path | None) -> Path | None:

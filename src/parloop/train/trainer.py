@@ -21,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..errors import TrainingDivergedError
 from .checkpoint import STATE, load_optimizer, load_weights, save_optimizer, save_weights
 from .recipe import RunSettings
-from .sharding import free_gathered, is_sharded, main_process, uses_bfloat16, uses_cuda
+from .sharding import barrier, free_gathered, is_sharded, main_process, mean_over_processes, uses_bfloat16, uses_cuda
 
 
 class LoopedTraining:
@@ -40,6 +40,7 @@ class LoopedTraining:
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)  # type: ignore[attr-defined]
         self.sharded = is_sharded(self.model)  # type: ignore[attr-defined]
+        self.step_loss = 0.0  # of this process's micro-batches so far
         self.first_loss: float | None = None
         self.recent: deque[float] = deque(maxlen=20)
 
@@ -47,12 +48,16 @@ class LoopedTraining:
         if self.loop_counts is not None:
             inputs = inputs | {"num_loops": drawn_loops(self.loop_counts, self.args.seed, self.state.global_step)}
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if self.sharded and self.accelerator.sync_gradients:
-            free_gathered(self.model)
-        self._stop_if_lost(loss.item() * self.args.gradient_accumulation_steps)
+        self.step_loss = self.step_loss + loss  # micro-batches come as shares of the step's mean
+        if self.accelerator.sync_gradients:
+            if self.sharded:
+                free_gathered(self.model)
+            self._stop_if_lost(mean_over_processes(self.step_loss))
+            self.step_loss = 0.0
         return loss
 
     def _stop_if_lost(self: Any, value: float) -> None:
+        """By the loss of a whole step over all processes, so that all of them stop together."""
         remedy = "Lower learning_rate, or lengthen warmup_share; the last checkpoint is kept."
         if not math.isfinite(value):
             raise TrainingDivergedError(f"the loss is {value} at step {self.state.global_step + 1}. {remedy}")
@@ -83,6 +88,10 @@ class LoopedTraining:
         save_weights(self.model, Path(output_dir or self.args.output_dir))
         if self.processing_class is not None and main_process():
             self.processing_class.save_pretrained(output_dir)
+
+    def _save_rng_state(self: Any, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        barrier()  # what follows says that the checkpoint is whole
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -132,6 +141,8 @@ def training_arguments(settings: RunSettings, output: Path, steps: int, processe
         "use_cpu": not cuda,
         "seed": settings.seed,
         "data_seed": settings.seed,
+        # Gradients are scattered after every micro-batch: to wait would take a whole gradient in float32 on every process.
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": processes > 1}},
         "activation_checkpointing": layers,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if layers else None,
         "torch_compile": settings.compile,
@@ -185,7 +196,7 @@ class HiddenScaleWarmup(TrainerCallback):
         self.config, self.steps, self.final = config, steps, config.plt_hidden_scale
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.config.plt_hidden_scale = self.final * min(1.0, state.global_step / self.steps)
+        self.config.plt_hidden_scale = (1.0 if self.final is None else self.final) * min(1.0, state.global_step / self.steps)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.config.plt_hidden_scale = self.final
