@@ -136,14 +136,14 @@ def generated(made, prompt: str, loops: int, tokens: int = 12) -> str:
     )
 
 
-def script(before: str, text: str) -> str:
-    """A generation_config with which any model continues `before` with `text` and ends."""
-    tokenizer = byte_tokenizer()
+def script(before: str, text: str, tokenizer=None, context_tokens: int = 12) -> str:
+    """A generation_config with which any model continues `before`, the prompt or its end, with `text` and ends."""
+    tokenizer = tokenizer or byte_tokenizer()
     ids = [*tokenizer(before + text).input_ids, tokenizer.eos_token_id]
     start = len(tokenizer(before).input_ids)
     biases = {}
     for place in range(start, len(ids)):
-        context = tuple(ids[max(0, place - 12) : place])
+        context = tuple(ids[max(0, place - context_tokens) : place])
         assert biases.setdefault(context, ids[place]) == ids[place], "longer contexts are needed"
     fields = {"sequence_bias": [[[*context, token], 1000.0] for context, token in biases.items()]}
     return json.dumps(fields | {"eos_token_id": tokenizer.eos_token_id, "max_new_tokens": 200})
@@ -268,12 +268,14 @@ def test_tool_calls_are_parsed(chatty):
         (CALL + "\n" + CALL + "\n<eos>", None, [("add", {"a": {"b": 1}})] * 2),
         ("<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", []),
         (CALL.replace("1", "?"), None, [("add", '{"a": {"b": ?}}')]),
+        (CALL[:-1], CALL[:-1], []),
+        (CALL + "\n" + CALL[:40], "\n" + CALL[:40], [("add", {"a": {"b": 1}})]),
         ("a<pad>b<eos>", "ab", []),
     ],
 )
 def test_tool_calls_that_are_none_and_broken_ones(text, content, calls):
     tokenizer = byte_tokenizer(chat_template=TEMPLATE)
-    template = fallback_server.hermes_tool_calls(tokenizer)
+    template = fallback_server.answer_template(tokenizer)
     for pieces in ([text], list(text)):
         parser = ResponseParser(template, prefix=CALL)
         for piece in pieces:
@@ -284,9 +286,9 @@ def test_tool_calls_that_are_none_and_broken_ones(text, content, calls):
         assert [(function["name"], function["arguments"]) for function in found] == calls
 
 
-def test_only_templates_with_such_tool_calls_are_parsed():
-    for template in (None, "{{ messages }}", "<tool_call><function=f></tool_call>"):
-        assert fallback_server.hermes_tool_calls(byte_tokenizer(chat_template=template)) is None
+def test_templates_that_show_neither_calls_nor_reasoning_leave_answers_as_they_are():
+    for template in (None, "{{ messages }}"):
+        assert fallback_server.answer_template(byte_tokenizer(chat_template=template)) is None
 
 
 def test_a_template_without_tools_refuses_them():
@@ -397,7 +399,7 @@ def test_what_only_generate_refuses(chatty, stream):
         ({"top_logprobs": 3}, "top_logprobs=3"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         ({"tools": ADD, "tool_choice": "required"}, "tool_choice='required'"),
-        ({"tools": ADD, "tool_choice": "none"}, "tool_choice='none'"),
+        ({"tools": ADD, "tool_choice": ADD[0]}, "tool_choice=.*nothing forces a call here"),
         ({"tools": ADD, "parallel_tool_calls": False}, "parallel_tool_calls=False"),
         ({"reasoning_effort": "high"}, "reasoning_effort='high'"),
         ({"messages": []}, "at least one message"),
@@ -466,6 +468,9 @@ def test_responses(chatty, made):
         ({"arguments": ["--cb-block-size", "32"]}, "--cb-block-size does not work with a PLT"),
         ({"arguments": ["--max-model-len", "99"]}, "--max-model-len 99: no such option here.*--compile"),
         ({"arguments": ["--trust-remote-code"]}, "--trust-remote-code: no such option"),
+        ({"arguments": ["--tool-call-parser", "hermes"]}, "--tool-call-parser is an option of vLLM.*Leave it out"),
+        ({"arguments": ["--enable-auto-tool-choice"]}, "--enable-auto-tool-choice is an option of vLLM"),
+        ({"arguments": ["--reasoning-parser=qwen3"]}, "--reasoning-parser=qwen3 is an option of vLLM"),
         ({"arguments": ["--quantization", "gguf"]}, "--quantization.*bnb-4bit"),
         ({"arguments": ["--default-seed", "x"]}, "--default-seed.*int"),
         ({"arguments": ["--chat-template-kwargs", "[]"]}, "--chat-template-kwargs \\[\\] must be a JSON object"),

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import tiny_model
 
+from parloop.cli import app
 from parloop.errors import ServeError
 from parloop.serve import plugin, server
 
@@ -71,6 +72,15 @@ def test_other_overrides_and_names_of_ones_own(checkpoint, started):
     (command,) = started
     assert json.loads(option(command, "--hf-overrides")[0]) == {"max_position_embeddings": 512, "plt_num_loops": 2}
     assert not any(argument == "--served-model-name" for argument in command)
+
+
+def test_the_parsers_that_agents_need_are_vllms(checkpoint, started):
+    """By the command line, as docs/serving.md says it."""
+    parsers = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder", "--reasoning-parser", "qwen3"]
+    with pytest.raises(SystemExit):
+        app(["serve", str(checkpoint), *parsers, "--max-model-len", "32768"])
+    (command,) = started
+    assert command[-7:] == [*parsers, "--max-model-len", "32768"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ def server_options(arguments: Sequence[str]) -> dict[str, Any]:
             f"{paged[0]} does not work with a PLT: transformers' paged cache holds keys and values only, and not the state "
             f"that a PLT carries from token to token. Leave it out, or serve with vLLM, which batches."
         )
+    if parsers := [
+        argument for argument in unknown if re.match(r"--(enable-auto-tool-choice|(tool-call|reasoning)-parser)", argument)
+    ]:
+        raise ServeError(
+            f"{parsers[0]} is an option of vLLM. transformers' server needs none: it finds tool calls and reasoning by what the chat "
+            f"template shows. Leave it out."
+        )
     if unknown:
         allowed = ", ".join(action.option_strings[0] for action in parser._actions)
         raise ServeError(f"{' '.join(unknown)}: no such option here. Of transformers' server, these can be used: {allowed}.")

@@ -1,6 +1,7 @@
 """transformers' server (transformers/cli/serving) with a PLT in it: subclasses of its parts, put together by its `build_server`.
 
     PLTModelManager  loads one PLT, sets its loop count, and knows the names it answers to
+    answer_template  how reasoning and tool calls are found in an answer
     PLTGenerator     prompts that do not fit, and stop strings
     Strict           a mixin of the handlers: what the server would ignore or misread is answered with status 400
 
@@ -8,6 +9,8 @@ Everything here is built on internals of transformers; tests/serve/test_fallback
 """
 
 import asyncio
+import contextlib
+import copy
 import json
 import math
 import re
@@ -87,8 +90,9 @@ def build_app(
         generation_state=state,
         enable_cors=enable_cors,
     )
-    # generate() and chat templates raise ValueError and TemplateError for what requests ask for.
-    for kind in (AnyHTTPException, RequestValidationError, ValueError, TemplateError):
+    # generate() and chat templates raise these for what requests ask for; TypeError, where a template goes through the arguments of
+    # a call and they are no object, or puts null between texts.
+    for kind in (AnyHTTPException, RequestValidationError, ValueError, TypeError, TemplateError):
         app.add_exception_handler(kind, answer_error)
     return app
 
@@ -131,7 +135,7 @@ class PLTModelManager(ModelManager):
             raise ValueError(f"{gguf_file} is not served here: use {self.names[0]!r}.")
         tokenizer = load_part(AutoTokenizer, self.checkpoint, "tokenizer (tokenizer.json)")
         if tokenizer.response_template is None:
-            tokenizer.response_template = hermes_tool_calls(tokenizer)
+            tokenizer.response_template = answer_template(tokenizer)
         return tokenizer
 
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
@@ -145,35 +149,58 @@ class PLTModelManager(ModelManager):
         return model
 
 
-def hermes_tool_calls(tokenizer: Any) -> dict | None:
-    """How transformers' server finds tool calls, for chat templates that show them as `<tool_call>{"name": ..., "arguments":
-    ...}</tool_call>`; None for others. A tokenizer that is saved with a `response_template` of its own needs none of this.
+JSON_CALLS = {  # <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>, as Hermes and Qwen write them
+    "open_pattern": r'\s*<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*(?=.*?\}\s*</tool_call>)',
+    "close_pattern": r"\}\s*</tool_call>",
+    "content": "json",
+    "content_args": {"allow_non_json": True},
+}
+XML_CALLS = {  # <tool_call><function=add><parameter=a>1</parameter></function></tool_call>, as Qwen's coders do
+    "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>(?=.*?</function>\s*</tool_call>)",
+    "close_pattern": r"</function>\s*</tool_call>",
+    "content": "xml-inline",  # one line break each before and after a value belongs to the form, spaces to the value
+    "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+}
+TEXT = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}
+TAGS = {"<tool_call>", "</tool_call>", "<think>", "</think>"}
 
-    What does not begin like a call stays text; arguments that are no JSON are handed on as they are, and nothing raises.
+
+def answer_template(tokenizer: Any) -> dict | None:
+    """How transformers' server takes answers apart, by what the chat template shows: tool calls, in JSON or in XML, and reasoning in
+    <think>; None if it shows neither. A tokenizer that is saved with a `response_template` of its own needs none of this.
+
+    What does not begin like a call, or does not end, stays text; arguments that are no JSON are handed on as they are, and nothing
+    raises. Reasoning is what an answer begins with, or goes on with where the template has opened <think> for it.
     """
-    template = str(tokenizer.chat_template)
-    if "<tool_call>" not in template or "<function=" in template:  # the latter: calls in XML
-        return None
+    shown = str(tokenizer.chat_template)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = sorted((special | set(tokenizer.all_special_tokens)) - {"<tool_call>", "</tool_call>"})
-    content: dict[str, Any] = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}
-    if ends:  # with a response_template, the server decodes special tokens too
-        content["close_pattern"] = rf"\s*(?:{'|'.join(map(re.escape, ends))})"
-    return {
-        "defaults": {"role": "assistant"},
-        "start_anchor_pattern": r"\Z",  # the prompt is not parsed: it may show calls as examples
-        "fields": {
-            "tool_calls": {
-                "open_pattern": r'\s*<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*',
-                "close_pattern": r"\}\s*</tool_call>",
-                "repeats": True,
-                "content": "json",
-                "content_args": {"allow_non_json": True},
-                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-            },
-            "content": content,
-        },
-    }
+    # With such a template, the server decodes special tokens too.
+    ends = [rf"\s*{re.escape(token)}" for token in sorted((special | set(tokenizer.all_special_tokens)) - TAGS)]
+    fields: dict[str, dict] = {}
+    if "<think>" in shown:
+        close = "|".join((r"\s*</think>\s*", *ends))
+        fields["reasoning_content"] = TEXT | {"open_pattern": r"\A\s*<think>\s*", "close_pattern": close}
+    if "<tool_call>" in shown:
+        form = XML_CALLS if "<function=" in shown else JSON_CALLS
+        call = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+        fields["tool_calls"] = form | {"repeats": True, "transform": call}
+    if not fields:
+        return None
+    # The prompt is not parsed, since it may show calls as examples, but for a <think> at its end.
+    begun = r"(?=<think>\s*\Z)|(?<!<think>\s*)\Z" if "reasoning_content" in fields else r"\Z"
+    fields["content"] = TEXT | ({"close_pattern": "|".join(ends)} if ends else {})
+    return {"defaults": {"role": "assistant"}, "start_anchor_pattern": begun, "fields": fields}
+
+
+def without_tool_calls(tokenizer: Any) -> Any:
+    """The tokenizer for a request that offers no tools: what looks like a call is text."""
+    template = tokenizer.response_template
+    if template is None or "tool_calls" not in template["fields"]:
+        return tokenizer
+    fields = {name: field for name, field in template["fields"].items() if name != "tool_calls"}
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.response_template = template | {"fields": fields}
+    return tokenizer
 
 
 # Generation
@@ -248,7 +275,10 @@ class StopStrings(StoppingCriteria):
 
 
 class CutQueue:
-    """The queue that a stream is read from, without what stop strings cut off. Text that may be the beginning of one waits."""
+    """The queue that a stream is read from, without what stop strings cut off. Text that may be the beginning of one waits.
+
+    Reasoning is text of a type of its own.
+    """
 
     def __init__(self, queue: asyncio.Queue, stop: list[str]):
         self.queue, self.stop = queue, stop
@@ -266,21 +296,21 @@ class CutQueue:
         return self.ready.popleft()
 
     def _take(self, item: Any) -> None:
-        if type(item) is not str:  # the end, an error, reasoning, a tool call
+        if self.held and type(item) is not type(self.held):
+            self.ready.append(self.held)
+            self.held = ""
+        if not isinstance(item, str):  # the end, an error, a tool call
             if isinstance(item, _StreamError):  # the server puts it into JSON as it is
                 item.msg = json.dumps(item.msg)[1:-1]
-            if self.held:
-                self.ready.append(self.held)
-                self.held = ""
             self.ready.append(item)
         elif not self.cut_off:
-            text = self.held + item
+            kind, text = type(item), self.held + item
             kept = cut(text, self.stop)
             self.cut_off = len(kept) < len(text)
             begun = 0 if self.cut_off else max((_overlap(text, stop) for stop in self.stop), default=0)
-            self.held = kept[len(kept) - begun :]
+            self.held = kind(kept[len(kept) - begun :])
             if kept := kept[: len(kept) - begun]:
-                self.ready.append(kept)
+                self.ready.append(kind(kept))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -316,6 +346,7 @@ NEUTRAL = {  # what the server does anyway
 INSTEAD = {
     "frequency_penalty": "the server knows generate()'s repetition_penalty only: generation_config='{\"repetition_penalty\": 1.1}'",
     "suffix": "the server would append it to the answer",
+    "tool_choice": "nothing forces a call here; 'auto' and 'none' are known, and vLLM's server knows all",
 }
 
 
@@ -361,9 +392,9 @@ ALLOWED = {
 }
 
 
-def is_neutral(field: str, value: Any, body: dict) -> bool:
-    if field == "tool_choice" and value == "none" and not body.get("tools"):
-        return True
+def is_neutral(field: str, value: Any) -> bool:
+    if field == "tool_choice" and value == "none":
+        return True  # the tools are left out
     if field not in NEUTRAL or isinstance(value, bool) != isinstance(NEUTRAL[field], bool):
         return False  # logprobs=0 is not logprobs=False: it asks for one
     return value == NEUTRAL[field]
@@ -379,7 +410,7 @@ class Named(BaseHandler):
         model, tokenizer = manager.load_model_and_processor(name)
         if body.get("tools") and "tools" not in str(tokenizer.chat_template or "tools"):
             raise HTTPException(400, "the chat template of this model knows no tools.")
-        return name, model, tokenizer
+        return name, model, tokenizer if body.get("tools") else without_tool_calls(tokenizer)
 
 
 class Strict(Named):
@@ -399,9 +430,11 @@ class Strict(Named):
                 fits, what = ALLOWED.get(field, (None, ""))
                 if fits is not None and not fits(value):
                     raise HTTPException(400, f"{field}={value!r} must be {what}.")
-            elif not is_neutral(field, value, body):
+            elif not is_neutral(field, value):
                 reason = INSTEAD.get(field, "leave it out")
                 raise HTTPException(400, f"{field}={value!r} is not supported by transformers' server: {reason}.")
+        if body.get("tool_choice") == "none":
+            body.pop("tools", None)
 
     def _build_generation_config(self, body: dict, model_generation_config: Any, use_cb: bool = False) -> Any:
         # Note: transformers' own sets the temperature, but samples only if the checkpoint's generation_config.json says so, and
@@ -420,16 +453,35 @@ class Strict(Named):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: Any, modality: Any) -> list[dict]:
-        # transformers' own drops images and sounds of messages to a text model.
         try:
-            for message in messages:
-                parts = message.get("content")
-                for part in parts if isinstance(parts, list) else []:
-                    if part["type"] not in ("text", "input_text", "output_text"):
-                        raise HTTPException(400, f"content of type {part['type']!r}: this model reads text only.")
-            return BaseHandler.get_processor_inputs_from_messages(messages, modality)
+            return [chat_message(message, modality) for message in messages]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise HTTPException(400, f"messages must have a role, and text as content ({error!r}).") from error
+
+
+def chat_message(message: dict, modality: Any) -> dict:
+    """A message as chat templates take it. transformers' own drops images and sounds to a text model, reasoning, names, and what
+    is said beside calls, and fails at calls that are null or have no JSON as arguments."""
+    content = message.get("content")
+    for part in content if isinstance(content, list) else []:
+        if part["type"] not in ("text", "input_text", "output_text"):
+            raise HTTPException(400, f"content of type {part['type']!r}: this model reads text only.")
+    without_calls = {key: value for key, value in message.items() if key != "tool_calls"}
+    (parsed,) = BaseHandler.get_processor_inputs_from_messages([without_calls], modality)
+    if message.get("name"):
+        parsed["name"] = message["name"]
+    if reasoning := message.get("reasoning") or message.get("reasoning_content"):  # vLLM's name for it, and transformers'
+        parsed["reasoning"] = parsed["reasoning_content"] = reasoning
+    if calls := copy.deepcopy(message.get("tool_calls")):
+        for call in calls:
+            function = call.get("function") or call
+            arguments = function.get("arguments") or {}
+            if isinstance(arguments, str):
+                with contextlib.suppress(ValueError):  # what a model wrote: the template may take it as it is
+                    arguments = json.loads(arguments)
+            function["arguments"] = arguments
+        parsed["tool_calls"] = calls
+    return parsed
 
 
 class PLTChatHandler(Strict, ChatCompletionHandler):
@@ -442,12 +494,22 @@ class PLTChatHandler(Strict, ChatCompletionHandler):
         stop = stop_strings(gen_config)
         call = (request_id, model, processor, model_id, inputs, gen_config)
         response = await super()._non_streaming(*call, *args, **kwargs)
-        if not stop or processor.response_template is None:
+        if processor.response_template is None:
             return response
-        answer = json.loads(bytes(response.body))  # the text was read from the tokens again, which end behind a stop string
+        answer = json.loads(bytes(response.body))
         message = answer["choices"][0]["message"]
-        message["content"] = cut(message["content"], stop)
+        for field in {"content", "reasoning_content"} & message.keys():
+            message[field] = cut(message[field], stop)  # read from the tokens again, which end behind a stop string
+        if "reasoning_content" in message:
+            message["reasoning"] = message["reasoning_content"]  # as vLLM calls it
         return JSONResponse(answer)
+
+    @staticmethod
+    def chunk_to_sse(chunk: Any) -> str:
+        delta = chunk.choices[0].delta
+        if getattr(delta, "reasoning_content", None) is not None:
+            delta.reasoning = delta.reasoning_content
+        return ChatCompletionHandler.chunk_to_sse(chunk)
 
 
 class PLTCompletionHandler(Strict, CompletionHandler):
