@@ -4,11 +4,12 @@ A LoRA adapter is on the shared weights, so it acts in every loop. The run's fol
 ready to be served; of a LoRA run also with `adapter/`, for those who keep the base and change adapters.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,28 +113,20 @@ def finetune(
         dataset_kwargs={"skip_prepare_dataset": True},
         average_tokens_across_devices=True,
     )
-    trainer = PLTSFTTrainer(
-        model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=train_rows.select(order_of(len(train_rows), steps * recipe.batch_size, recipe.seed)),
-        eval_dataset=validation_rows.select(range(min(len(validation_rows), recipe.eval_rows))) if evaluates else None,
-        data_collator=Rows(recipe.length if recipe.packing else None, tokenizer.pad_token_id or 0),
-        processing_class=tokenizer,
-        peft_config=_lora(recipe, model) if recipe.lora_rank else None,
-    )
     counts = config.trained_loops
-    trainer.loop_counts = counts if len(counts) > 1 else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="num_loops=")
-        run(
-            trainer,
-            output,
-            steps,
-            f"{output.name}: R = {' or '.join(map(str, counts))}",
-            console,
-            on_step,
-            {"digest": summary["digest"]},
+    with _quiet():
+        trainer = PLTSFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            train_dataset=train_rows.select(order_of(len(train_rows), steps * recipe.batch_size, recipe.seed)),
+            eval_dataset=validation_rows.select(range(min(len(validation_rows), recipe.eval_rows))) if evaluates else None,
+            data_collator=Rows(recipe.length if recipe.packing else None, tokenizer.pad_token_id or 0),
+            processing_class=tokenizer,
+            peft_config=_lora(recipe, model) if recipe.lora_rank else None,
         )
+        trainer.loop_counts = counts if len(counts) > 1 else None
+        label = f"{output.name}: R = {' or '.join(map(str, counts))}"
+        run(trainer, output, steps, label, console, on_step, {"digest": summary["digest"]})
 
     tuned: Any = trainer.model
     result = {
@@ -316,4 +309,14 @@ def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] 
 
     model: Any = load_model(base, "cpu")
     model.config.plt_trained_loops = trained_loops
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    with _quiet():
+        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what is said of things that are as they should be: other loop counts in training, and what peft asks transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="num_loops=")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
