@@ -185,7 +185,8 @@ def test_a_hub_data_set_is_streamed(tmp_path):
     ],
 )
 def test_sources_that_are_not_there(tmp_path, source, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries for long
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=message):
         load_corpus(settings(source), tmp_path / "cache", QUIET)
 

@@ -364,3 +364,21 @@ def test_what_cannot_be_a_table(made, tokenizer, tmp_path):
     (tmp_path / "late.jsonl").write_text("\n".join(['{"content": "x"}'] * 1500 + ['{"text": "x"}']))
     with pytest.raises(SourceError, match=r"there is no column 'text': choose text_column among .'content'"):
         Stream(Mixture([part(tmp_path / "late.jsonl", share=1e-9)], 16, 1, 10), tokenizer, 0).row()
+
+
+def test_places_are_small_and_handed_on_as_they_are(tokenizer, tmp_path, monkeypatch):
+    """They come with every step, so what is left of a long document must not be in them, and nothing may walk through them."""
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({"text": f"x{i} = {i}\n" * 3000}) for i in range(4)))
+    mixture = Mixture([part(tmp_path / "long.jsonl", share=1e-9)], 32, 1, 10)
+    one, two = Stream(mixture, tokenizer, 0), Stream(mixture, tokenizer, 0)
+    for _ in range(5):
+        one.row()
+    assert len(one.rest) > 5000
+    assert len(json.dumps(one.state())) < 1000
+    two.restore(json.loads(json.dumps(one.state())))
+    for _ in range(1000):
+        a, b = one.row(), two.row()
+        assert np.array_equal(a["input_ids"], b["input_ids"])
+        assert a["documents"] == b["documents"]
+    monkeypatch.setattr("torch.utils.data._utils.collate.default_convert", None)
+    list(islice(StreamLoader(mixture, tokenizer, 1, prefetch=0), 2))

@@ -136,6 +136,10 @@ class _Dealt:
         while self.given >= len(self.block):
             self._next_block()
         self.given += 1
+        return self.last()
+
+    def last(self) -> tuple[str, str]:
+        """The document that `next` gave last."""
         return self.block[self.given - 1]
 
     def peek(self, count: int) -> list[tuple[str, str]]:
@@ -218,7 +222,8 @@ class Stream:
         self.ahead: list[list[np.ndarray]] = [[] for _ in self.parts]  # documents of each that are encoded already
         self.tokens = [0] * len(self.parts)
         self.documents = [0] * len(self.parts)
-        self.rest = np.zeros(0, dtype=np.int32)  # of the last document
+        self.last = 0  # the part that gave the last document
+        self.rest = np.zeros(0, dtype=np.int32)  # of that document
         self.rest_name = ""
         self.rows = 0
 
@@ -243,6 +248,7 @@ class Stream:
     def _document(self) -> tuple[str, np.ndarray]:
         i = min(range(len(self.parts)), key=lambda i: self.tokens[i] / self.mixture.parts[i].weight)
         name, text = self.parts[i].next()
+        self.last = i
         if not self.ahead[i]:
             texts = [text, *(text for _, text in self.parts[i].peek(ENCODED_AT_ONCE - 1))]
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -259,16 +265,19 @@ class Stream:
             "rows": self.rows,
             "tokens": list(self.tokens),
             "documents": list(self.documents),
-            "rest": self.rest.tolist(),
-            "rest_name": self.rest_name,
+            "last": self.last,
+            "rest": len(self.rest),  # the document is read again: this is kept at every step, and must be small
             "parts": [part.state() for part in self.parts],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rows, self.tokens, self.documents = state["rows"], list(state["tokens"]), list(state["documents"])
-        self.rest, self.rest_name = np.array(state["rest"], dtype=np.int32), state["rest_name"]
         for part, kept in zip(self.parts, state["parts"]):
             part.restore(kept)
+        self.last = state["last"]
+        if state["rest"]:
+            self.rest_name, text = self.parts[self.last].last()
+            self.rest = document_ids(self.tokenizer, text)[-state["rest"] :]
 
 
 @dataclass
@@ -304,9 +313,11 @@ class StreamLoader:
         self.first, self.each, self.per_stream = first, each, per_stream
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        # Without a collate_fn, DataLoader would walk through all of the states.
         loader = DataLoader(
-            _Batches(self), batch_size=None, num_workers=1 if self.prefetch else 0, prefetch_factor=self.prefetch or None
-        )
+            _Batches(self), batch_size=None, collate_fn=_as_it_is, num_workers=1 if self.prefetch else 0,
+            prefetch_factor=self.prefetch or None,
+        )  # fmt: skip
         for batch, states, error in loader:
             if error is not None:
                 raise SourceError(error)
@@ -344,6 +355,10 @@ class StreamLoader:
                 f"{str(folder)!r} holds the places of {len(there)} streams, but data_streams={self.mixture.streams}."
             )
         self.states = {number: json.loads(there[number].read_text()) for number in self.own}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Batches(IterableDataset):
