@@ -6,7 +6,7 @@ READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
-.PHONY: study test test-vllm lint clean
+.PHONY: study test test-vllm test-eval lint clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
@@ -16,6 +16,9 @@ test: $(READY)       ## the whole suite
 
 test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
 	$(VLLM)/pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm
+
+test-eval: $(READY)  ## the benchmarks' own tools, each in an environment of its own; needs bubblewrap
+	$(BIN)/pytest -m tools tests/evaluate
 
 lint: $(READY)       ## style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The `parloop` command: one verb, one function, no logic."""
 
 import dataclasses
+import json
 import os
 import runpy
 import sys
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import TOO_OLD, __version__
-from .errors import CheckpointError, ParloopError
+from .errors import CheckpointError, EvaluationError, ParloopError
 from .record import command_line
 from .train import ChatRecipe, Recipe, load_recipe
 
@@ -22,9 +23,11 @@ app = App(
     name="parloop",
     help="Run, train and diagnose Parallel Loop Transformers, and choose their loop count.",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # main says what to do then
 )
 MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "study", "train"}  # they need the model in transformers
 Many = Parameter(consume_multiple=True, negative=())
+Flag = Parameter(negative=())
 
 
 def _overrides(*kinds: type, without: tuple[str, ...] = ()) -> type:
@@ -501,6 +504,143 @@ def serve(
     from .serve.server import serve as run_server
 
     run_server(checkpoint, loops, engine, list(arguments))
+
+
+@app.command(name="eval")
+def evaluate(
+    *what: str,
+    loops: Annotated[list[int] | None, Many] = None,
+    endpoint: str | None = None,
+    model: str | None = None,
+    limit: int | None = None,
+    data: Annotated[list[str] | None, Many] = None,
+    set: Annotated[list[str] | None, Many] = None,
+    serve_options: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    output: Path = Path("runs/eval"),
+    list: Annotated[bool, Flag] = False,
+    plan: Annotated[bool, Flag] = False,
+    report: Annotated[bool, Flag] = False,
+    fresh: Annotated[bool, Flag] = False,
+) -> None:
+    """Measure a checkpoint, or a server, with the tools of the paper's benchmarks, at each loop count.
+
+    Each tool is installed once, into an environment of its own; what models write runs in containers or a sandbox. Run it again to go on.
+
+    What there is: parloop eval --list
+
+    Example: parloop eval humaneval_plus bfcl_v3 CHECKPOINT --loops 1 2
+
+    Of a server: parloop eval bfcl_v3 --endpoint http://127.0.0.1:8000/v1 --model NAME@2 --loops 2
+
+    Then: parloop eval --report runs/eval
+
+    Parameters
+    ----------
+    what
+        Benchmarks, and a checkpoint (a folder, or OWNER/NAME of the Hub) unless --endpoint is given. With --report, folders with results.
+    loops
+        Loop counts; a server is started for each. Default: as trained. With --endpoint, what that server has, for the record.
+    endpoint
+        A server that runs, with /v1, instead of a checkpoint.
+    model
+        What that server calls the model.
+    limit
+        Only the first N items of each benchmark.
+    data
+        Local copies of data: BENCHMARK=PATH. docs/evaluation.md says what is in them.
+    set
+        Settings other than a benchmark's own: BENCHMARK.NAME=VALUE, the value as JSON or text.
+    serve_options
+        Options of `parloop serve`, in quotes: --serve-options "--engine vllm --max-model-len 32768"
+    output
+        Folder of the results.
+    list
+        Show the benchmarks and what they need.
+    plan
+        Show the commands, and check what they need; run nothing.
+    report
+        Tables and a plot of results, with intervals, tests and the paper's numbers; also written into --output, as report.html,
+        evaluation.png and evaluation.json.
+    fresh
+        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over.
+    """
+    import shlex
+
+    from .evaluate import run as evaluation
+    from .evaluate.benchmark import benchmarks
+    from .report import terminal
+
+    console = _console()
+    if list:
+        console.print(terminal.benchmark_table())
+        return
+    if report:
+        from .evaluate.compare import compare
+        from .report.page import write_evaluation_report
+
+        summary = compare([Path(folder) for folder in what] or [output], output)
+        for table in terminal.evaluation_tables(summary):
+            console.print(table)
+        page = write_evaluation_report(summary, output, command_line())
+        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+        return
+    checkpoints = [text for text in what if text not in benchmarks() and (Path(text).is_dir() or "/" in text)]
+    if len(checkpoints) > 1:
+        raise EvaluationError(f"{', '.join(checkpoints)}: give one checkpoint.")
+    request = evaluation.Request(
+        benchmarks=[text for text in what if text not in checkpoints], checkpoint=checkpoints[0] if checkpoints else None, endpoint=endpoint,
+        model=model, loops=loops, output=output, limit=limit, data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")},
+        settings=_settings(set), serve_options=shlex.split(serve_options), fresh=fresh,
+    )  # fmt: skip
+    if plan:
+        planned, counts = evaluation.plan(request), request.counts()
+        for benchmark, checks, lines in planned:
+            hours = f"{benchmark.needs.hours:g} hour" + ("" if benchmark.needs.hours == 1 else "s")
+            console.print(
+                f"[bold]{benchmark.title}[/], {benchmark.tool}, about {hours} for each loop count", highlight=False
+            )
+            for check in checks:
+                mark = "[green]there[/]" if check.met else "[red]not there[/]"
+                console.print(
+                    f"  {mark} {escape(check.what)}" + (f": {escape(check.remedy)}" if not check.met else ""),
+                    highlight=False,
+                )
+            if counts[0] is not None:
+                others = f" (for {', '.join(map(str, counts[1:]))} alike)" if counts[1:] else ""
+                console.print(f"  with R = {counts[0]}{others}:", highlight=False)
+            for line in lines:
+                console.print(f"  $ {line}", markup=False, highlight=False, soft_wrap=True)
+        return
+    for result in evaluation.evaluate(request, console):
+        unit = "" if result["unit"] == "%" else f" {result['unit']}"
+        console.print(
+            f"{result['title']}, {result['model']['name']}: {result['value']:.4g}{unit or '%'}, {len(result['items'])} items",
+            highlight=False,
+            markup=False,
+        )
+    console.print(f"next:  parloop eval --report {output}", highlight=False, markup=False)
+
+
+def _pairs(given: list[str] | None, option: str, form: str) -> list[tuple[str, str]]:
+    pairs = [tuple(text.split("=", 1)) for text in given or []]
+    for text, pair in zip(given or [], pairs):
+        if len(pair) != 2 or not all(pair):
+            raise EvaluationError(f"--{option} {text!r} must be {form}.")
+    return pairs  # type: ignore[return-value]
+
+
+def _settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = {}
+    form = "BENCHMARK.NAME=VALUE"
+    for name, value in _pairs(given, "set", form):
+        benchmark, _, setting = name.partition(".")
+        if not setting:
+            raise EvaluationError(f"--set '{name}={value}' must be {form}.")
+        try:
+            settings.setdefault(benchmark, {})[setting] = json.loads(value)
+        except ValueError:
+            settings.setdefault(benchmark, {})[setting] = value
+    return settings
 
 
 @app.command

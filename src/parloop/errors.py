@@ -35,3 +35,7 @@ class BenchError(ParloopError, ValueError):
 
 class ServeError(ParloopError, ValueError):
     """A server that cannot be started."""
+
+
+class EvaluationError(ParloopError, RuntimeError):
+    """A benchmark that cannot be run, or that gave no result."""

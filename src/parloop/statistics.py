@@ -85,6 +85,25 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson(passed: float, n: int) -> Interval:
+    """Share of items that passed, with Wilson's 95% interval, which holds for few items and near 0 and 1 too."""
+    share, z = passed / n, 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
+    """Two-sided p of McNemar's exact test: do two models pass equally often on the same items? Arrays of bool [items].
+
+    Items that both pass or both fail say nothing; of the others, each model should win half.
+    """
+    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
 RULE = "the smallest loop count whose loss lies within the paired 95% interval of the best"
 
 

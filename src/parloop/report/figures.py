@@ -209,3 +209,39 @@ def _decode_times(axis, blocks: list[dict[str, Any]]) -> None:
     axis.set_xlabel("tokens cached")
     axis.set_ylabel("time per token (ms)")
     axis.legend(fontsize="small")
+
+
+def scores_against_loops(summary: dict[str, Any]) -> Figure:
+    """A panel per benchmark that was run: our values with intervals and the paper's, against the loop count."""
+    shown = [
+        entry for entry in summary["benchmarks"] if any(row["source"] == "ours" and row["loops"] for row in entry["rows"])
+    ]
+    columns = min(3, max(1, len(shown)))
+    lines = -(-len(shown) // columns) or 1
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes, entry in zip(grid.flat, shown):
+            ours = [row for row in entry["rows"] if row["source"] == "ours" and row["loops"]]
+            for number, settings in enumerate(sorted({row["settings"] for row in ours})):
+                rows = [row for row in ours if row["settings"] == settings]
+                x = [row["loops"] + 0.05 * number for row in rows]
+                y = [row["value"] for row in rows]
+                spread = [
+                    [v - row["interval"][0] if row["interval"] else 0 for v, row in zip(y, rows)],
+                    [row["interval"][1] - v if row["interval"] else 0 for v, row in zip(y, rows)],
+                ]
+                label = "ours" + (f" [{settings[:6]}]" if settings else "")
+                style = look(number + 1) | {"linestyle": "none"}
+                axes.errorbar(x, y, yerr=spread, capsize=3, label=label, **style)
+            paper = [row for row in entry["rows"] if row["source"] == "paper"]
+            if paper:
+                x, y = [row["loops"] for row in paper], [row["value"] for row in paper]
+                axes.plot(x, y, color=COLORS[-1], marker="x", linestyle=":", label="paper, 7B")
+            axes.set_title(entry["title"])
+            axes.set_xlabel("loop count R")
+            axes.set_ylabel(f"{entry['metric'].split(',')[0]}, {entry['unit']}" if entry["unit"] == "%" else entry["unit"])
+            axes.set_xticks(sorted({row["loops"] for row in [*ours, *paper]}))
+            axes.legend()
+    return figure

@@ -45,6 +45,17 @@ def write_study_report(results: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def write_evaluation_report(summary: dict[str, Any], folder: Path, command: str) -> Path:
+    """report.html and evaluation.png. Returns the path of the page."""
+    figure = figures.scores_against_loops(summary)
+    figures.save_png(figure, folder / "evaluation.png")
+    drawn = Markup(figures.svg(figure))
+    page = PAGES.get_template("evaluation.html").render(summary=summary, figure=drawn, command=command)
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
 def write_diagnosis_report(records: list[dict[str, Any]], folder: Path, command: str) -> Path:
     """report.html and the figures as PNG, of one checkpoint or several side by side. Returns the path of the page."""
     records = labelled(records)

@@ -219,15 +219,88 @@ def plan_tables(plan: dict[str, Any]) -> list[Any]:
         memory.add_column(name, justify="right", no_wrap=True)
     for row in plan["gpus"]:
         m = row["memory"]
-        parts = (m.states, m.gathered, m.activations, m.logits, m.recomputed, m.gradients)
+        parts = (m.states, m.gathered + m.cast, m.activations, m.logits, m.recomputed, m.gradients)
         total = f"{m.total / 1e9:.1f}" + (" !" if m.total > GPU_BYTES * ROOM else "")
         shown = (str(row["gpus"]), str(row["accumulation"]), str(row["rows"]), row["gather"] if row["gpus"] > 1 else "")
         memory.add_row(*shown, *(f"{part / 1e9:.1f}" for part in parts), total)
     notes = (
         f"Days at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s per GPU (an H100 in bfloat16); what is recomputed does not count as "
         f"work. Memory in bfloat16 with FSDP2, for the smallest gradient_accumulation (accum.) that leaves {1 - ROOM:.0%} of {GPU_BYTES / 1e9:.0f} GB to "
-        f"kernels and the allocator; ! does not. rows: at a time on a GPU. states: weights, gradients and Adam, sharded. weights: gathered. "
+        f"kernels and the allocator; ! does not. rows: at a time on a GPU. states: weights, gradients and Adam, sharded. weights: gathered, or cast. "
         f"again: a layer or loop that is recomputed. grads: sums over loops, before they are scattered. The peak is less than the sum, "
         f"since not all is there at once. Numbers of GPUs that do not divide batch_size={recipe.batch_size} are left out."
     )
     return ["\n".join(lines), costs, memory, notes]
+
+
+def benchmark_table() -> Table:
+    """What `parloop eval` can run, and what it takes."""
+    from ..evaluate.benchmark import benchmarks
+
+    table = Table(title="benchmarks", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    for name in ("measures", "by", "needs", "hours", "paper, R = 1 / 2 / 3 / 4"):
+        table.add_column(name, overflow="fold")
+    for b in benchmarks().values():
+        needs = [f"{b.needs.disk_gb:g} GB disk"]
+        needs += ["Docker"] if b.needs.docker else []
+        needs += ["bubblewrap"] if b.needs.sandbox else []
+        needs += [f"Python {'.'.join(map(str, e.python))}" for e in b.environments if e.python > (3, 11)]
+        needs += ["network"] if b.needs.network else []
+        paper = " / ".join(f"{value:g}" for value in b.paper.values())
+        table.add_row(b.name, b.measures, b.tool, ", ".join(needs), f"{b.needs.hours:g}", paper)
+    return table
+
+
+def evaluation_tables(summary: dict[str, Any]) -> list[Table]:
+    """Of what was run a table of results and one of the tests between loop counts; of what was not, a line each."""
+    table = Table(title="results: ours, and the paper's", title_justify="left")
+    for name in ("benchmark", "by", "R", "model"):
+        table.add_column(name)
+    for name in ("value", "95% interval", "items", "tokens per\nsolved", "seconds per\nsolved", "leaks"):
+        table.add_column(name, justify="right")
+    tests = Table(title="against the fewest loops, on the same items", title_justify="left")
+    for name in ("benchmark", "compared", "difference", "test"):
+        tests.add_column(name)
+    counts = sorted({loops for entry in summary["benchmarks"] for loops in entry["paper"]})
+    others = Table("benchmark", *(f"R = {loops}" for loops in counts), title="not run: the paper's", title_justify="left")
+    for entry in summary["benchmarks"]:
+        if entry["rows"][0]["source"] == "not run":
+            others.add_row(
+                entry["title"], *(f"{entry['paper'][loops]:.1f}" if loops in entry["paper"] else "" for loops in counts)
+            )
+            continue
+        shown = entry["title"]
+        for row in entry["rows"]:
+            value = "" if row["value"] is None else f"{row['value']:.4f}" if entry["unit"] != "%" else f"{row['value']:.1f}"
+            interval = row.get("interval")
+            spread = (
+                "" if not interval else " .. ".join(f"{x:.1f}" if entry["unit"] == "%" else f"{x:.4f}" for x in interval)
+            )
+            model = escape(row["model"]) + (f", first {row['limit']}" if row.get("limit") else "")
+            model += escape(f" [{row['settings'][:6]}]") if row.get("settings") else ""
+            costs = [f"{row[key]:,.0f}" if key in row else "" for key in ("tokens_per_solved", "seconds_per_solved")]
+            table.add_row(
+                shown,
+                row["source"],
+                str(row["loops"] or ""),
+                model,
+                value,
+                spread,
+                str(row.get("items", "")),
+                *costs,
+                str(row.get("leaks", "")),
+            )
+            shown = ""
+        for test in entry["tests"]:
+            compared = f"{escape(test['other'])} - {escape(test['base'])}"
+            if "difference" not in test:
+                tests.add_row(entry["title"], compared, "", test["test"])
+                continue
+            detail = (
+                f"p = {test['p']:.3g}, {test['won']} won, {test['lost']} lost"
+                if "p" in test
+                else " .. ".join(f"{x:+.4f}" for x in test["interval"])
+            )
+            tests.add_row(entry["title"], compared, f"{test['difference']:+.4g}", f"{test['test']}: {detail}")
+    return [part for part in (table, tests, others) if part.row_count]

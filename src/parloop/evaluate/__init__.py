@@ -1,0 +1,1 @@
+"""The benchmarks of the paper, each by its own tool, one command each, per loop count."""

@@ -1,0 +1,185 @@
+"""Bits per byte of held-out code, by lm-eval: a model's loss in the tool that others measure with.
+
+The text is what the checkpoint's training held out (its recipe.yaml says), or that of `--data FILE.jsonl` with a column `text`.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from ...errors import EvaluationError
+from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, digest, read_lines, reading
+
+YAML = """task: held_out
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: bits_per_byte
+  - metric: byte_perplexity
+metadata: {{version: 1}}
+"""
+
+
+def steps(job: Job) -> list[Step]:
+    s = job.settings
+    common = [
+        "--include_path",
+        str(job.work / "task"),
+        "--tasks",
+        "held_out",
+        "--output_path",
+        str(job.work / "out"),
+        "--log_samples",
+        "--use_cache",
+        str(job.work / "cache" / "answers"),
+        *(["--limit", str(job.limit)] if job.limit else []),
+    ]
+    own = {"HF_HOME": str(job.work / "hf"), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    lm_eval = [job.python("lm-eval"), "-m", "parloop", "run", "-m", "lm_eval"]
+    if job.checkpoint is not None:
+        model = {
+            "pretrained": job.checkpoint,
+            "backend": "causal",
+            "add_bos_token": False,
+            "softmax_dtype": "float32",
+            "dtype": s["dtype"],
+            "max_length": s["length"],
+            "plt_num_loops": job.loops,
+        }
+        command = [*lm_eval, "--model", "hf", "--batch_size", str(s["batch_size"]), "--device", s["device"]]
+    else:
+        folder = Path(s["tokenizer"])  # the command runs elsewhere
+        model = {
+            "model": job.model,
+            "base_url": f"{job.endpoint}/completions",
+            "tokenizer": folder.absolute() if folder.is_dir() else s["tokenizer"],
+            "tokenizer_backend": "huggingface",
+            "max_length": s["length"] + 2,
+            "num_concurrent": 4,
+            "max_retries": 3,
+            "timeout": 600,
+        }
+        command = [*lm_eval, "--model", "local-completions"]
+    arguments = ",".join(f"{name}={value}" for name, value in model.items() if value is not None)
+    return [Step("losses", [*command, "--model_args", arguments, *common], server=job.checkpoint is None, environment=own)]
+
+
+def prepare(job: Job) -> None:
+    """The task and its text."""
+    texts = job.work / "held_out.jsonl"
+    (job.work / "task").mkdir(parents=True, exist_ok=True)
+    if not texts.exists():
+        rows = read_lines(job.data) if job.data else [{"text": text} for text in held_out_texts(job)]
+        partial = texts.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+        partial.rename(texts)
+    (job.work / "task" / "held_out.yaml").write_text(YAML.format(file=texts.absolute()))
+
+
+def held_out_texts(job: Job) -> list[str]:
+    """The beginnings of documents that the checkpoint's training held out; without a recipe, of the standard library's."""
+    from ...corpus import load_corpus
+    from ...train import Recipe, load_recipe
+
+    assert job.checkpoint is not None
+    file = Path(job.checkpoint, "recipe.yaml")
+    recipe = load_recipe(file) if file.is_file() else Recipe()
+    if not isinstance(recipe, Recipe) or recipe.mixture:
+        recipe = Recipe()
+    corpus = load_corpus(recipe.corpus_settings())
+    return [text[: job.settings["characters"]] for text in corpus.validation["text"][: job.settings["documents"]]]
+
+
+def resolve(job: Job) -> None:
+    """Windows as long as the model allows, at most 2048 tokens; a GPU if there is one.
+
+    Raises:
+        EvaluationError: a server is asked, and its tokenizer or the text is not known.
+    """
+    import torch
+
+    from ...generate import load_config
+
+    if job.checkpoint is None and job.data is None:
+        raise EvaluationError("held_out of a server needs a text: --data held_out=FILE.jsonl, with a column `text`.")
+    if job.checkpoint is None and job.settings["tokenizer"] is None:
+        raise EvaluationError(
+            "held_out of a server needs its model's tokenizer: --set held_out.tokenizer=FOLDER or a Hub name."
+        )
+    if job.settings["length"] is None:
+        job.settings["length"] = (
+            2046 if job.checkpoint is None else min(load_config(job.checkpoint).max_position_embeddings, 2048)
+        )
+    if job.settings["device"] is None:
+        job.settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_gb(job: Job) -> float:
+    """The weights of a checkpoint in a folder, in the type that they are loaded in, and a little more."""
+    import torch
+
+    from ...generate import load_config
+
+    if job.checkpoint is None or not Path(job.checkpoint).is_dir():
+        return 0.0
+    size = sum(path.stat().st_size for path in Path(job.checkpoint).glob("*.safetensors"))
+    names = (str(dtype).removeprefix("torch.") for dtype in (job.settings["dtype"], load_config(job.checkpoint).dtype))
+    loaded, stored = (getattr(torch, name, torch.float32).itemsize for name in names)
+    return 1.1 * size * loaded / stored / 1e9
+
+
+def parse(job: Job) -> Outcome:
+    files = sorted((job.work / "out").rglob("samples_held_out_*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return Outcome({}, problems=["lm-eval left no samples: see losses.log"])
+    items, sizes = {}, {}
+    with reading(files[-1]):
+        for row in read_lines(files[-1]):
+            log_likelihood, size = row["bits_per_byte"]
+            items[str(row["doc_id"])] = -log_likelihood / math.log(2) / size
+            sizes[str(row["doc_id"])] = float(size)
+        total = sum(items[name] * sizes[name] for name in items) / sum(sizes.values())
+    texts = job.work / "held_out.jsonl"
+    asked = min(len(texts.read_bytes().splitlines()), job.limit or math.inf)
+    problems = [] if len(items) == asked else [f"{len(items)} of {asked} documents have a loss: run it again"]
+    return Outcome(
+        items,
+        value=total,
+        problems=problems,
+        weights=sizes,
+        data=f"held-out text, {digest(texts)}",
+    )
+
+
+BENCHMARK = Benchmark(
+    name="held_out",
+    title="held-out code",
+    measures="the loss on text that training held out, in lm-eval",
+    metric="bits per byte",
+    tool="lm-eval 0.4.13",
+    paper={},
+    environments=(Environment("lm-eval", with_ours=True),),
+    needs=Needs(disk_gb=1, memory_gb=2, hours=0.1),
+    settings={
+        "documents": 64,
+        "characters": 3000,
+        "length": None,
+        "dtype": "float32",
+        "device": None,
+        "batch_size": 8,
+        "tokenizer": None,
+    },
+    silent="not in the paper",
+    run_here="end to end; its number is that of our own evaluation",
+    steps=steps,
+    parse=parse,
+    resolve=resolve,
+    prepare=prepare,
+    unit="bits per byte",
+    needs_server=False,
+    memory_gb=memory_gb,
+)

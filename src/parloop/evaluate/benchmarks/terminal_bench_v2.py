@@ -1,0 +1,136 @@
+"""Terminal-Bench 2.0, by its own harness, harbor, and the agent terminus-2."""
+
+import json
+import shutil
+
+from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, reading
+from ..meter import move
+
+# In harbor's table of failures, those of the agent. After the server's it may grade all the same, and the reward says nothing of the model.
+AGENTS_OWN = {
+    "AgentTimeoutError", "ContextWindowExceededError", "OutputTokenExceededError", "ContextLengthExceededError", "OutputLengthExceededError",
+    "AgentSafetyRefusalError", "ContentPolicyViolationError",
+}  # fmt: skip
+
+
+def steps(job: Job) -> list[Step]:
+    s = job.settings
+    limits = json.dumps({"max_input_tokens": s["input_tokens"], "max_output_tokens": s["max_tokens"]})
+    command = [
+        str(job.bins["harbor"] / "harbor"),
+        "run",
+        "-d",
+        s["dataset"],
+        "-a",
+        s["agent"],
+        "-m",
+        f"openai/{job.model}",
+        "--base-url",
+        job.endpoint,
+        "--ak",
+        f"temperature={s['temperature']}",
+        "--ak",
+        f"model_info={limits}",
+        "-k",
+        "1",
+        "-n",
+        str(s["workers"]),
+        "-o",
+        str(job.work / "jobs"),
+        "--job-name",
+        job.key,
+        "-y",
+        *(["-l", str(job.limit)] if job.limit else []),
+    ]
+    if (job.work / "jobs" / job.key / "config.json").exists():
+        command = [str(job.bins["harbor"] / "harbor"), "job", "resume", "-p", str(job.work / "jobs" / job.key)]
+    return [Step("trials", command, environment={"OPENAI_API_KEY": "none", "HARBOR_TELEMETRY": "0", "HOME": str(job.work)})]
+
+
+def score(trial: dict) -> float | None:
+    """Its reward; None: it did not take place."""
+    rewards = (trial.get("verifier_result") or {}).get("rewards") or {}
+    how = exception(trial)
+    if how not in (None, *AGENTS_OWN) or not (rewards or how):
+        return None
+    return float(rewards.get("reward", 0.0))
+
+
+def exception(trial: dict) -> str | None:
+    return (trial.get("exception_info") or {}).get("exception_type")
+
+
+def prepare(job: Job) -> None:
+    """A trial that has a result is done for harbor, also if it did not take place: `job resume -f ERROR` takes these folders away as well.
+
+    It goes on only with the settings in its files.
+    """
+    folder = job.work / "jobs" / job.key
+    for path in folder.glob("*/result.json"):
+        try:
+            failed = score(json.loads(path.read_text())) is None
+        except (ValueError, AttributeError, TypeError):
+            failed = True
+        if failed:
+            shutil.rmtree(path.parent)
+    move([*folder.rglob("config.json"), *folder.rglob("lock.json")], job.endpoint)
+
+
+def parse(job: Job) -> Outcome:
+    items: dict[str, float] = {}
+    failed = []
+    for path in sorted((job.work / "jobs" / job.key).glob("*/result.json")):
+        with reading(path):
+            trial = json.loads(path.read_text())
+            reward = score(trial)
+            if reward is None:
+                failed.append(f"{trial['task_name']} ({exception(trial) or 'no reward'})")
+            else:
+                items[trial["task_name"]] = reward
+    problems = (
+        [f"{len(failed)} trials did not take place, {failed[0]} for one: see trials.log, and run it again"] if failed else []
+    )
+    whole = job.work / "jobs" / job.key / "result.json"
+    if whole.exists():
+        with reading(whole):
+            asked = json.loads(whole.read_text())["n_total_trials"]
+            if len(items) + len(failed) < asked:
+                problems.append(
+                    f"{len(items) + len(failed)} of {asked} trials have a result: see trials.log, and run it again"
+                )
+    if not items and not failed:
+        problems = ["harbor left no trials: see trials.log"]
+    return Outcome(items, problems=problems, data=job.settings["dataset"])
+
+
+BENCHMARK = Benchmark(
+    name="terminal_bench_v2",
+    title="Terminal-Bench 2.0",
+    measures="harder tasks in a terminal, by an agent",
+    metric="mean reward",
+    tool="harbor 0.25.0",
+    paper={1: 11.2, 2: 21.0, 3: 12.2, 4: 9.0},
+    environments=(Environment("harbor", python=(3, 12)),),
+    needs=Needs(
+        docker=True,
+        disk_gb=100,
+        memory_gb=16,
+        network=("huggingface.co", "github.com"),
+        registries=("registry-1.docker.io",),
+        hours=6,
+    ),
+    settings={
+        "dataset": "terminal-bench@2.0",
+        "agent": "terminus-2",
+        "temperature": 0.7,
+        "max_tokens": 4096,
+        "input_tokens": 32768,
+        "workers": 4,
+    },
+    silent="agent and sampling; the same lab's earlier model at temperature 0.7",
+    run_here="its parser on results that its own models wrote; trials need Docker: not run",
+    steps=steps,
+    parse=parse,
+    prepare=prepare,
+    reads_data=False,
+)

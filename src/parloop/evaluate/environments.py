@@ -1,0 +1,103 @@
+"""A Python environment for every tool, made once and kept: pinned packages, installed without looking at their wishes.
+
+The lists in `requirements/` were found by running the tools: what a tool asks for is often more than it uses, or does not fit together.
+"""
+
+import hashlib
+import os
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ..corpus.corpus import default_cache
+from ..errors import EvaluationError
+from .benchmark import Environment
+
+HERE = Path(__file__).parent
+READY = "ready"
+PYTHONS = [(3, minor) for minor in range(11, 16)]
+
+
+def requirements(environment: Environment) -> Path:
+    return HERE / "requirements" / f"{environment.name}.txt"
+
+
+def folder_of(environment: Environment) -> Path:
+    """Where it is, or will be: another list of packages is another folder."""
+    what = requirements(environment).read_bytes() + repr((environment.with_ours, sys.version_info[:2])).encode()
+    return default_cache() / "evaluate" / f"{environment.name}-{hashlib.sha256(what).hexdigest()[:12]}"
+
+
+def interpreter(environment: Environment) -> tuple[str, tuple[int, int]] | None:
+    """A Python that the tool runs on, and its version: the one that its packages were chosen on, else the next newer; None: there is none here."""
+    if environment.with_ours:
+        return sys.executable, environment.python
+    for version in PYTHONS:
+        if version == sys.version_info[:2] and version >= environment.python:
+            return sys.executable, version
+        if version >= environment.python and (found := shutil.which("python{}.{}".format(*version))):
+            done = subprocess.run([found, "-c", "import venv"], capture_output=True)
+            if not done.returncode:  # version managers leave commands that say that they are not there
+                return found, version
+    return None
+
+
+def make(environment: Environment, console: Console) -> Path:
+    """The folder of the environment's programs; made if it is not there.
+
+    Raises:
+        EvaluationError: there is no Python for it, or a package cannot be installed.
+    """
+    folder = folder_of(environment)
+    if (folder / READY).exists():
+        return folder / "bin"
+    found, needed = interpreter(environment), "{}.{}".format(*environment.python)
+    if found is None:
+        raise EvaluationError(
+            f"{environment.name} needs Python {needed} or newer, and python{needed} is not on the path: install it."
+        )
+    python, version = found
+    if version != environment.python:
+        console.print(
+            "{}'s packages were chosen on Python {}; on {}.{} some may not install or work.".format(environment.name, needed, *version),
+            style="yellow", markup=False, highlight=False,
+        )  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(f"installing {environment.name} into {folder} (once, a minute or two)"):
+        # Environments cannot be moved, so this one is made where it will be, and is complete when it says so.
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([python, "-m", "venv", str(folder)], environment)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        _run([*pip, "--no-deps", "-r", str(requirements(environment))], environment)
+        if environment.with_ours:
+            _see_ours(folder)
+    (folder / READY).write_text("")
+    return folder / "bin"
+
+
+def _see_ours(folder: Path) -> None:
+    """Let an environment see the packages of the one that runs, after its own."""
+    places = [
+        place
+        for place in (*site.getsitepackages(), *(p for p in sys.path if p.endswith("site-packages")))
+        if Path(place).is_dir()
+    ]
+    source = str(HERE.parents[1])  # a source tree that is only on PYTHONPATH
+    lines = [f"import site; site.addsitedir({place!r})" for place in dict.fromkeys(places)]
+    (target,) = (folder / "lib").glob("python*/site-packages")
+    (target / "parloop-ours.pth").write_text("\n".join([*lines, source]) + "\n")
+
+
+def _run(command: list[str], environment: Environment) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        raise EvaluationError(
+            f"the environment of {environment.name} cannot be made: {' '.join(command)} ended with {done.returncode}:\n{last}\n"
+            f"Check the connection and the disk, and run the same command again."
+        )

@@ -1,0 +1,438 @@
+"""`parloop eval`: for each loop count a server, for each benchmark its tool, for each tool a result.
+
+Nothing is lost when something fails: tools keep what was answered, and the same command goes on. What is complete is left alone.
+"""
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from ..errors import EvaluationError
+from ..generate import load_config, local_folder
+from ..record import command_line, environment
+from ..serve.plugin import vllm_version
+from ..serve.server import served_names
+from . import results
+from .benchmark import Benchmark, Job, Outcome, Step, benchmarks
+from .environments import folder_of, make
+from .meter import GIVE_UP, Meter, cost
+from .needs import Check, check
+from .sandbox import sandboxed
+from .serving import Server, check_model, server_version, serving
+
+STARTS = 3  # of our own server, for one benchmark
+LOCK, SECONDS, REQUESTS = "lock", "seconds.txt", "requests.jsonl"
+
+
+@dataclass
+class Request:
+    """What `parloop eval` is asked for.
+
+    Attributes:
+        benchmarks: names.
+        checkpoint: a folder or Hub name, served at each of `loops`; or
+        endpoint, model: a server that runs, and the model's name there.
+        loops: loop counts. None: as trained.
+        output: folder of the results.
+        limit: items of each benchmark.
+        data: benchmark -> local copy of its data.
+        settings: benchmark -> settings that differ from its own.
+        serve_options: of `parloop serve`.
+        fresh: start over.
+    """
+
+    benchmarks: list[str]
+    checkpoint: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    loops: list[int] | None = None
+    output: Path = Path("runs/eval")
+    limit: int | None = None
+    data: dict[str, Path] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    serve_options: list[str] = field(default_factory=list)
+    fresh: bool = False
+
+    def check(self) -> None:
+        """Raises EvaluationError: it cannot be done."""
+        known = benchmarks()
+        for name in [*self.benchmarks, *self.data, *self.settings]:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"parloop eval --list shows them ({', '.join(known)})."
+                raise EvaluationError(
+                    f"{name!r} is no benchmark{'' if name in self.data | self.settings else ', and no folder'}: {hint}"
+                )
+        if not self.benchmarks:
+            raise EvaluationError("name at least one benchmark: parloop eval --list shows them.")
+        if self.checkpoint is not None and self.endpoint is not None:
+            raise EvaluationError(f"give the checkpoint {self.checkpoint!r} or --endpoint {self.endpoint}: one of both.")
+        if self.checkpoint is None and self.endpoint is None:
+            raise EvaluationError("give a checkpoint, or --endpoint URL with --model NAME.")
+        if self.endpoint is not None and self.model is None:
+            raise EvaluationError(f"--endpoint {self.endpoint} needs --model NAME: what the server calls the model.")
+        if self.endpoint is not None and self.loops is not None and len(self.loops) > 1:
+            raise EvaluationError("a server that runs has one loop count: give --endpoint and --model once for each.")
+        if self.loops is not None and min(self.loops, default=1) < 1:
+            raise EvaluationError(f"loops={min(self.loops)} must be at least 1.")
+        if self.limit is not None and self.limit < 1:
+            raise EvaluationError(f"limit={self.limit} must be at least 1.")
+        for name in self.benchmarks:
+            if self.limit is not None and known[name].no_limit:
+                raise EvaluationError(f"{name} has no --limit, since {known[name].no_limit}.")
+        for name, changes in self.settings.items():
+            unknown = changes.keys() - known[name].settings.keys()
+            if unknown:
+                raise EvaluationError(
+                    f"{name} has no setting {sorted(unknown)[0]!r}: it has {', '.join(known[name].settings)}."
+                )
+            for setting in changes:
+                if setting in known[name].fixed:
+                    raise EvaluationError(
+                        f"{name}.{setting} is {known[name].settings[setting]!r} with {known[name].tool}, and cannot be set."
+                    )
+        for name, path in self.data.items():
+            if not known[name].reads_data:
+                raise EvaluationError(f"--data {name}={path}: {name} reads no local copy of its data; leave it out.")
+            if not path.exists():
+                raise EvaluationError(f"--data {name}={path}: there is no such file or folder.")
+        if self.checkpoint is not None:
+            load_config(self.checkpoint)  # raises: there is none
+
+    def counts(self) -> list[int | None]:
+        if self.loops:
+            return list(dict.fromkeys(self.loops))
+        return [None] if self.checkpoint is None else [load_config(self.checkpoint).plt_num_loops]
+
+    def name(self, loops: int | None) -> str:
+        return str(self.model) if self.checkpoint is None else served_names(self.checkpoint, loops or 1)[0]
+
+    def folder(self, name: str, loops: int | None) -> Path:
+        """Of a benchmark at a loop count; the one above it is the model's."""
+        key = "".join(c if c.isalnum() or c in ".-@" else "-" for c in self.name(loops))
+        return (self.output / key / name).absolute()
+
+    def finished(self, name: str, loops: int | None) -> bool:
+        return (self.folder(name, loops) / results.RESULT).exists()
+
+    def job(self, benchmark: Benchmark, loops: int | None, endpoint: str, bins: dict[str, Path]) -> Job:
+        data = self.data.get(benchmark.name)
+        return Job(
+            folder=self.folder(benchmark.name, loops),
+            endpoint=endpoint,
+            model=self.name(loops),
+            loops=loops,
+            settings=benchmark.settings | self.settings.get(benchmark.name, {}),
+            bins=bins,
+            checkpoint=None if self.checkpoint is None else str(_absolute(self.checkpoint)),
+            limit=self.limit,
+            data=None if data is None else data.absolute(),
+        )
+
+
+def _absolute(checkpoint: str) -> str | Path:
+    return Path(checkpoint).absolute() if Path(checkpoint).is_dir() else checkpoint
+
+
+def plan(request: Request) -> list[tuple[Benchmark, list[Check], list[str]]]:
+    """For each benchmark its needs, and the commands that would be run for the first loop count. Nothing is run or made.
+
+    Raises:
+        EvaluationError: the request cannot be done at all.
+    """
+    request.check()
+    planned = []
+    for name in request.benchmarks:
+        benchmark = benchmarks()[name]
+        bins = {e.name: folder_of(e) / "bin" for e in benchmark.environments}
+        job = request.job(benchmark, request.counts()[0], request.endpoint or "http://127.0.0.1:PORT/v1", bins)
+        try:
+            benchmark.resolve(job)
+            lines = [shown(step, job) for step in benchmark.steps(job)]
+        except EvaluationError as error:
+            lines = [f"(not before: {error})"]
+        planned.append((benchmark, check(benchmark, job), lines))
+    return planned
+
+
+def shown(step: Step, job: Job) -> str:
+    """A step as it could be typed."""
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(step.environment.items()))
+    where = f"  # in the sandbox, {step.sandbox}" if step.sandbox else ""
+    return " ".join(filter(None, [variables, shlex.join(step.command)])) + where
+
+
+def evaluate(request: Request, console: Console | None = None) -> list[dict[str, Any]]:
+    """Run what is asked for, or go on with it.
+
+    Returns:
+        the results, in the order of loop counts and benchmarks.
+
+    Raises:
+        EvaluationError: a need is not met, or a benchmark gave no result. Others are run all the same, and what was done is kept.
+    """
+    console = console or Console(stderr=True)
+    request.check()
+    counts = request.counts()
+    waiting = [name for name in request.benchmarks if request.fresh or not all(request.finished(name, n) for n in counts)]
+    for name in waiting:
+        job = request.job(benchmarks()[name], counts[0], "", {})
+        unmet = [c for c in check(benchmarks()[name], job) if not c.met]
+        if unmet:
+            raise EvaluationError(f"{name} cannot run here: " + "; ".join(f"{c.what}: {c.remedy}" for c in unmet) + ".")
+    for folder in (request.folder(name, n) for name in waiting for n in counts):
+        if folder.exists():
+            with _locked(folder):  # raises before a server is started
+                if request.fresh:
+                    shutil.rmtree(folder)
+    bins = {e.name: make(e, console) for name in waiting for e in benchmarks()[name].environments}
+    done, failed, goes_on = [], [], False
+    for loops in counts:
+        with _server(request, loops, console) as server:
+            for name in request.benchmarks:
+                try:
+                    with _disk_errors(request.output):
+                        done.append(_measure(request, benchmarks()[name], loops, server, bins, console))
+                except EvaluationError as error:
+                    failed.append(f"{name}, {request.name(loops)}: {error}")
+                    goes_on |= not isinstance(error, results.AnotherRunError)
+                    console.print(f"{name}, {request.name(loops)}: no result", style="red", markup=False, highlight=False)
+    if failed:
+        kept = "; what was answered is kept, and the same command goes on" if goes_on else ""
+        raise EvaluationError(f"{len(failed)} of {len(failed) + len(done)} gave no result{kept}:\n" + "\n".join(failed))
+    return done
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[TextIO]:
+    """Keep other runs out of a job's folder, also while a tool lives on that a run started and did not live to end.
+
+    Raises:
+        EvaluationError: another run works in it.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise EvaluationError(
+                f"another run works in {str(folder)!r} ({file.read()}): wait for it, or, if its parloop is gone, end the others."
+            ) from None
+        _sign(file)
+        yield file
+
+
+def _sign(lock: TextIO, **others: int) -> None:
+    """Write down whose processes work."""
+    lock.truncate(0)
+    lock.write(", ".join(f"{who}: process {number}" for who, number in {"parloop": os.getpid(), **others}.items()))
+    lock.flush()
+
+
+@contextlib.contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Add a line with the seconds of this run, however it ends."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        with (folder / SECONDS).open("a") as file:
+            file.write(f"{time.monotonic() - started:.3f}\n")
+
+
+def _seconds(folder: Path) -> float:
+    """Of all runs."""
+    return sum(map(float, (folder / SECONDS).read_text().split()))
+
+
+@contextlib.contextmanager
+def _server(request: Request, loops: int | None, console: Console) -> Iterator[Server | None]:
+    """Ours for this loop count, if any benchmark that is not done yet needs one."""
+    waiting = [name for name in request.benchmarks if not request.finished(name, loops)]
+    if request.checkpoint is None:
+        if waiting:
+            check_model(str(request.endpoint).rstrip("/"), str(request.model))
+        yield None
+        return
+    if not any(benchmarks()[name].needs_server for name in waiting):
+        yield None
+        return
+    log = request.folder("", loops) / "server.log"
+    with serving(request.checkpoint, loops or 1, log, request.serve_options, console) as server:
+        yield server
+
+
+def _model_of(request: Request, loops: int | None) -> dict[str, Any]:
+    """Which model it is, as results keep it; but for the engine."""
+    weights = None if request.checkpoint is None else results.checkpoint_hash(local_folder(request.checkpoint))
+    return {"name": request.name(loops), "loops": loops, "checkpoint": request.checkpoint, "hash": weights}
+
+
+def _engine(request: Request) -> str:
+    if request.checkpoint is None:
+        return server_version(str(request.endpoint))
+    return f"vLLM {vllm_version()}" if vllm_version() and "transformers" not in request.serve_options else "transformers"
+
+
+def _measure(
+    request: Request, benchmark: Benchmark, loops: int | None, server: Server | None, bins: dict[str, Path], console: Console
+) -> dict[str, Any]:
+    """One benchmark at one loop count: its result, from before or made now."""
+    endpoint = server.url if server is not None else request.endpoint or ""
+    job = request.job(benchmark, loops, endpoint, bins)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    model = _model_of(request, loops)
+    benchmark.resolve(job)
+    settings = results.settings_of(benchmark, job)
+    if request.finished(benchmark.name, loops):
+        (kept,) = results.load_results([job.folder])
+        results.claim(job.folder, settings, model | {"engine": kept["model"]["engine"]})  # no server is there to say it
+        return kept
+    with _locked(job.folder) as job.lock:
+        model["engine"] = _engine(request)
+        results.claim(job.folder, settings, model)
+        with _timed(job.folder):
+            outcome = _run(benchmark, job, server, console)
+        more = {
+            "cost": cost(job.folder / REQUESTS),
+            "seconds": _seconds(job.folder),
+            "steps": [shown(step, job) for step in benchmark.steps(job)],
+            "command": command_line(),
+            "environment": environment(),
+            "paper": benchmark.paper.get(loops or 0),
+        }
+        return results.save(benchmark, job, outcome, settings, model, more)
+
+
+def _run(benchmark: Benchmark, job: Job, server: Server | None, console: Console) -> Outcome:
+    """All steps, and what they left.
+
+    Raises:
+        EvaluationError: that is no result.
+    """
+    with Meter(job.endpoint or "http://127.0.0.1:9", job.folder / REQUESTS).running() as meter:
+        job.endpoint = meter.url
+        benchmark.prepare(job)
+        for attempt in range(STARTS):
+            try:
+                for step in benchmark.steps(job):
+                    run_step(step, job, meter, server, console, benchmark)
+                break
+            except ServerDiedError as error:
+                if server is None or attempt + 1 == STARTS:
+                    raise EvaluationError(f"{error} It was started {attempt + 1} time(s).") from error
+                console.print(f"{error} Starting it again.", style="yellow", markup=False)
+                server.start()
+                meter.upstream, meter.failed_in_a_row = server.url, 0
+                benchmark.prepare(job)
+    outcome = benchmark.parse(job)
+    if outcome.problems:
+        raise EvaluationError("; ".join(outcome.problems))
+    if not outcome.items or outcome.value is None:
+        raise EvaluationError(f"{benchmark.tool} ended well and left no items: see the logs in {job.folder}.")
+    endless = [name for name, score in outcome.items.items() if not math.isfinite(score)]
+    if endless:
+        raise EvaluationError(
+            f"{len(endless)} items have a score that is no number, {endless[0]} for one: see the logs in {job.folder}."
+        )
+    return outcome
+
+
+class ServerDiedError(EvaluationError):
+    """Our own server ended while a tool asked it."""
+
+
+def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console: Console, benchmark: Benchmark) -> None:
+    """Run a command to its end.
+
+    Raises:
+        ServerDiedError: our server ended.
+        EvaluationError: the command failed, or it is no use asking the server on.
+    """
+    log = job.folder / f"{step.name}.log"
+    job.work.mkdir(parents=True, exist_ok=True)
+    command, variables = step.command, os.environ | step.environment
+    if step.sandbox:
+        readable = [*(folder.parent for folder in job.bins.values()), job.drivers, *([job.data] if job.data else [])]
+        command = sandboxed(command, job.work, readable, step.environment, step.sandbox == "online")
+    with log.open("a") as output:
+        output.write(f"\n$ {shown(step, job)}\n")
+        output.flush()
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            cwd=step.folder or job.work,
+            env=variables,
+            start_new_session=True,
+            pass_fds=[] if job.lock is None else [job.lock.fileno()],
+        )
+        if job.lock is not None:
+            _sign(job.lock, **({} if server is None else {"server": server.pid}), **{step.name: process.pid})
+        try:
+            with console.status("") as status:
+                while (code := _wait(process)) is None:
+                    spent = cost(meter.log) if step.server else {}
+                    asked = (
+                        f": {spent['requests']:,} requests, {spent['completion_tokens']:,} tokens written" if spent else ""
+                    )
+                    status.update(f"{benchmark.name}, {job.model}, {step.name}{asked}")
+                    if step.server and meter.given_up:
+                        if server is not None and not server.alive():
+                            raise ServerDiedError(f"The server of {job.model} ended ({server.log}).")
+                        raise EvaluationError(
+                            f"the server failed {GIVE_UP} times in a row, the last time with: {meter.last_failure} When it works again, run the "
+                            f"same command."
+                        )
+        finally:
+            _end(process)
+    if code not in step.exit_codes:
+        if step.server and server is not None and not server.alive():
+            raise ServerDiedError(f"The server of {job.model} ended ({server.log}).")
+        last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-600:]
+        hint = f" The server's last failure: {meter.last_failure}" if step.server and meter.last_failure else ""
+        raise EvaluationError(f"{benchmark.tool} ended with {code} ({log}): {last}{hint}")
+
+
+def _wait(process: subprocess.Popen) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(0.5)
+    return None
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The command and all that it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk is something that can be put right."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EvaluationError(
+                f"the disk of {folder} is full: make room, and run the same command again; nothing is lost."
+            ) from error
+        raise

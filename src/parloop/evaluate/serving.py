@@ -1,0 +1,124 @@
+"""Our server for one loop count, started for a benchmark and stopped after it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import EvaluationError
+from ..serve.server import served_names
+
+START_SECONDS = 1800  # 15 GB of weights from a slow disk
+
+
+class Server:
+    """`parloop serve` in a process of its own.
+
+    Attributes:
+        url: with /v1. model: what the server calls the model, NAME@R. log: what it said.
+    """
+
+    def __init__(self, checkpoint: str, loops: int, log: Path, options: list[str]):
+        self.checkpoint, self.loops, self.log, self.options = checkpoint, loops, log, options
+        self.model = served_names(checkpoint, loops)[0]
+        self.process: subprocess.Popen | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        """Raises EvaluationError: it ended instead."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
+        command = [
+            sys.executable,
+            "-m",
+            "parloop",
+            "serve",
+            self.checkpoint,
+            "--loops",
+            str(self.loops),
+            "--port",
+            str(port),
+        ]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen([*command, *self.options], stdout=output, stderr=output, start_new_session=True)
+        deadline = time.time() + START_SECONDS
+        while time.time() < deadline:
+            if self.process.poll() is not None:
+                raise EvaluationError(
+                    f"the server ended with {self.process.returncode} at its start:\n{_tail(self.log)}\n({self.log})"
+                )
+            with contextlib.suppress(EvaluationError):
+                check_model(self.url, self.model)
+                return
+            time.sleep(0.5)
+        self.stop()
+        raise EvaluationError(f"the server did not answer within {START_SECONDS} s ({self.log}).")
+
+    @property
+    def pid(self) -> int:
+        return 0 if self.process is None else self.process.pid
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        for how in (signal.SIGINT, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+                return
+
+
+@contextlib.contextmanager
+def serving(checkpoint: str, loops: int, log: Path, options: list[str], console: Console) -> Iterator[Server]:
+    server = Server(checkpoint, loops, log, options)
+    try:
+        with console.status(f"starting the server: {checkpoint} with {loops} loop(s)"):
+            server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def ask(url: str, path: str) -> Any:
+    """Raises EvaluationError: no answer, or none that is JSON."""
+    try:
+        with urllib.request.urlopen(url + path, timeout=20) as answer:
+            return json.loads(answer.read())
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise EvaluationError(f"{url}{path} gives no answer ({error}): is the server there?") from error
+
+
+def check_model(url: str, model: str) -> None:
+    """Raises EvaluationError: the server is not there, or has no such model."""
+    names = [entry.get("id") for entry in ask(url, "/models").get("data", [])]
+    if model not in names:
+        raise EvaluationError(f"the server at {url} has no model {model!r}; it has {', '.join(map(str, names))}.")
+
+
+def server_version(url: str) -> str:
+    """What the server says of itself; vLLM's does."""
+    with contextlib.suppress(EvaluationError):
+        return f"vLLM {ask(url.removesuffix('/v1'), '/version')['version']}"
+    return "unknown"
+
+
+def _tail(log: Path, lines: int = 8) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
