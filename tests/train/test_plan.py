@@ -115,4 +115,11 @@ def test_the_command(monkeypatch, capsys):
     for text in ("7.616B parameters", "rows of 2,048 tokens", "days on", "512", "at 40% of 989 TFLOP/s"):
         assert text in shown
     assert len(plan_tables(plan_of(Recipe()))) == 4
+    # Small models in units that show something.
+    monkeypatch.setattr(sys, "argv", ["parloop", "train", "quick", "--plan"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    for text in ("0.7M parameters", "MFLOPs", "hours on", "MB on every GPU"):
+        assert text in shown
     assert torch.get_default_device().type == "cpu"

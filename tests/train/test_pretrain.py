@@ -22,8 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from parloop.corpus import load_corpus
 from parloop.errors import CheckpointError, RecipeError, TrainingDivergedError
 from parloop.model.modeling import PLTForCausalLM
-from parloop.train import Recipe
+from parloop.train import ChatRecipe, Recipe
 from parloop.train.checkpoint import export, last_whole_checkpoint, load_weights
+from parloop.train.finetune import finetune
 from parloop.train.pretrain import TRAINED_ON, build_model, train, whole_batches
 from parloop.train.trainer import drawn_loops
 
@@ -193,9 +194,34 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "run").mkdir()
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
-    (tmp_path / "run" / "left-over").write_text("")
+    (tmp_path / "run" / "checkpoint-99").mkdir()
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
-    assert not (tmp_path / "run" / "left-over").exists()
+    assert not (tmp_path / "run" / "checkpoint-99").exists()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"other things than a run \(notes.txt\), so it is not deleted: move them away"):
+        train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+    assert (tmp_path / "run" / "training.json").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_is_read_is_not_written_to_nor_deleted(recipe, finished, tmp_path, fresh):
+    shutil.copytree(finished[0], tmp_path / "model")
+    (tmp_path / "model" / "texts").mkdir()
+    for changes, what in [
+        ({"init_from": str(tmp_path / "model")}, "init_from"),
+        ({"tokenizer": str(tmp_path / "model")}, "tokenizer"),
+        ({"source": str(tmp_path / "model" / "texts" / "*.py")}, "source"),
+    ]:
+        with pytest.raises(RecipeError, match=rf"holds what is read \({what}"):
+            train(changed(recipe, **changes), tmp_path / "model", console=QUIET, fresh=fresh)
+    with pytest.raises(RecipeError, match=r"holds what is read \(model\)"):
+        finetune(
+            ChatRecipe(model=str(tmp_path / "model"), chat="x.jsonl", length=32),
+            tmp_path / "model",
+            console=QUIET,
+            fresh=fresh,
+        )
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_a_file_in_the_place_of_the_folder(recipe, tmp_path):

@@ -212,8 +212,8 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
     raise sources.SourceError(
         f"source {settings.source!r} has too little text: {len(documents['train'])} documents with {train_bytes:,} bytes to "
         f"train on and {len(documents['validation'])} to validate on. Needed are about {need:,} bytes and at least "
-        f"{MIN_VALIDATION_DOCUMENTS} validation documents (validation_share={settings.validation_share}). Left out: "
-        f"{left_out}. For other kinds of files, set extensions, for instance --extensions .py .md{_tables(settings.source)}"
+        f"{MIN_VALIDATION_DOCUMENTS} validation documents (validation_share={settings.validation_share}: raise it if documents are few). "
+        f"Left out: {left_out}. For other kinds of files, set extensions, for instance --extensions .py .md{_tables(settings.source)}"
     )
 
 

@@ -69,6 +69,7 @@ def finetune(
     except ImportError as error:
         raise RecipeError(f'fine-tuning needs TRL and peft ({error}): pip install "parloop[finetune]".') from error
     output = Path(output)
+    config = _config(recipe)  # before anything is written, or deleted
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
@@ -78,7 +79,6 @@ def finetune(
     if (output / MODEL_DONE).exists():
         return finished(output, main)
 
-    config = _config(recipe)
     tokenizer = load_part(AutoTokenizer, recipe.model, "tokenizer (tokenizer.json)")
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(
@@ -297,6 +297,8 @@ def _save(model: Any, recipe: ChatRecipe, output: Path, tokenizer: Any, state: P
         merge_adapter(recipe.model, output / ADAPTER, output, model.config.plt_trained_loops)
     if state.is_main_process:
         tokenizer.save_pretrained(output)
+        for folder in (output, output / ADAPTER):  # TRL's and peft's model cards know nothing of the model
+            (folder / "README.md").unlink(missing_ok=True)
 
 
 def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] | None) -> None:

@@ -7,6 +7,9 @@ interrupted run from its last whole checkpoint, with the same data order and ran
 
 import contextlib
 import dataclasses
+import fnmatch
+import glob
+import itertools
 import json
 import math
 import shutil
@@ -43,6 +46,10 @@ PREPARED = {  # what may be in a run's folder before that
     "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "validation",
     "conversations",
 }  # fmt: skip
+OF_A_RUN = (  # patterns of what runs, studies and fine-tuning leave in a folder
+    *sorted(PREPARED), TRAINED_ON, MODEL_DONE, "config.json", "generation_config.json", "model*.safetensors*", "special_tokens_map.json",
+    "added_tokens.json", "checkpoint-*", "runs", "adapter", "stream-*.json", "diagnosis.json", "evaluation-*.npz", "README.md", ".*",
+)  # fmt: skip
 TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
 FREE_TO_CHANGE = {  # do not change what is trained
     "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gradient_accumulation", "gather",
@@ -141,6 +148,8 @@ def train(
         TrainingDivergedError: the loss is not a number, or far above its start.
     """
     output = Path(output)
+    if recipe.init_from is not None:
+        load_config(recipe.init_from)  # raises: it is not there
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
@@ -350,6 +359,7 @@ def open_run(recipe: Recipe | ChatRecipe, output: Path, fresh: bool) -> None:
     Raises:
         RecipeError: it is neither.
     """
+    _keep_inputs(recipe, output)
     if fresh:
         _delete_run(output)
     path = output / "recipe.yaml"
@@ -401,6 +411,26 @@ def _has_begun(output: Path) -> bool:
     return (output / TRAINED_ON).exists() or (output / MODEL_DONE).exists()
 
 
+def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
+    """A run must not write into, nor --fresh delete, what it reads.
+
+    Raises:
+        RecipeError: it would.
+    """
+    read: dict[str, str | None]
+    if isinstance(recipe, ChatRecipe):
+        read = {"model": recipe.model, "chat": recipe.chat}
+    else:
+        read = {"init_from": recipe.init_from, "tokenizer": recipe.tokenizer}
+        read |= {f"source {entry['source']!r}": entry["source"] for entry in recipe.sources}
+    for name, place in read.items():
+        # Of a glob, the folder before its first wildcard.
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(place or "").expanduser().parts)
+        there = Path(*fixed) if place else None
+        if there is not None and there.exists() and there.resolve().is_relative_to(output.resolve()):
+            raise RecipeError(f"output {str(output)!r} holds what is read ({name}): choose another output.")
+
+
 def _delete_run(output: Path) -> None:
     if not output.exists():
         return
@@ -411,10 +441,13 @@ def _delete_run(output: Path) -> None:
             f"output {str(output)!r} holds the folder that this runs in, which is not deleted: choose another output."
         )
     there = {path.name for path in output.iterdir()}
+    others = sorted(name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in OF_A_RUN))
     if there and not ("recipe.yaml" in there and (_has_begun(output) or there <= PREPARED)):
+        others = others or sorted(there - PREPARED)
+    if others:
         raise RecipeError(
-            f"output {str(output)!r} holds other things than a run ({', '.join(sorted(there - PREPARED)[:3])}), so it is not deleted: "
-            f"choose another output."
+            f"output {str(output)!r} holds other things than a run ({', '.join(others[:3])}), so it is not deleted: move them away, or choose "
+            f"another output."
         )
     shutil.rmtree(output)
 

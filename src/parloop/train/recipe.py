@@ -141,7 +141,7 @@ class Recipe(RunSettings):
     # The model
     init_from: str | None = _(
         None,
-        "folder or Hub name of a PLT checkpoint to go on from; its shape, scales and tokenizer are taken, and the fields below not",
+        "folder or Hub name of a PLT checkpoint to go on from; its shape and scales are taken, and the fields below not; its tokenizer too, unless one is given",
     )
     loops: int | list[int] = _(
         2, "R, how often the stack is run; several, such as [1, 2]: another one of them at every step"
@@ -291,6 +291,7 @@ class ChatRecipe(RunSettings):
 ALLOWED: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
+    "at least 2": lambda x: x >= 2,
     "at least 259 (256 bytes and 3 special tokens)": lambda x: x >= 259,
     "above 0": lambda x: x > 0,
     "from 0 to 1": lambda x: 0 <= x <= 1,
@@ -299,8 +300,9 @@ ALLOWED: dict[str, Callable[[float], bool]] = {
     "from 0 to 4294967295": lambda x: 0 <= x < 2**32,  # what numpy takes
 }
 BOUNDS = {
+    "at least 2": ("length",),  # of one token, nothing is predicted
     "at least 1": (
-        "length", "max_file_bytes", "loops", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "max_file_bytes", "loops", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "intermediate_size", "max_position_embeddings", "tokens", "batch_size", "gradient_accumulation", "log_every",
         "eval_rows", "save_every", "keep_checkpoints", "replicas", "shuffle_documents", "data_streams",
     ),

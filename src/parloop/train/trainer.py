@@ -58,7 +58,7 @@ class LoopedTraining:
 
     def _stop_if_lost(self: Any, value: float) -> None:
         """By the loss of a whole step over all processes, so that all of them stop together."""
-        remedy = "Lower learning_rate, or lengthen warmup_share; the last checkpoint is kept."
+        remedy = "Lower learning_rate, or lengthen warmup_share; the last checkpoint, if there is one, is kept."
         if not math.isfinite(value):
             raise TrainingDivergedError(f"the loss is {value} at step {self.state.global_step + 1}. {remedy}")
         if self.first_loss is None:
