@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
@@ -312,6 +312,7 @@ class _Data:
                     f"or set eval_every: 0."
                 )
             shutil.rmtree(output / "validation", ignore_errors=True)
+            disable_progress_bars()
             rows.save_to_disk(str(output / "validation"))
 
 
