@@ -15,6 +15,10 @@ from .leak_scan import Hit, scan
 
 # The agent came to an end by itself. Everything else is the server's failure, and is asked again.
 ENDED = {"Submitted", "LimitsExceeded", "TimeExceeded", "ContextWindowExceededError", "RepeatedFormatError"}
+SETTINGS: dict[str, Any] = {  # of every benchmark that this agent works on
+    "tools": True, "temperature": 0.0, "top_p": 1.0, "max_tokens": None, "step_limit": 250, "workers": 4, "environment": "docker",
+    "agent_config": {},
+}  # fmt: skip
 INSTANCE = re.compile(r"(?P<org>[^_].*?)__(?P<repo>.+)-(?P<number>\d+)")
 
 

@@ -10,7 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .benchmark import read_lines
+from .benchmark import Job, read_lines
+
+
+def client_command(job: Job) -> list[str]:
+    """Ask the job's server its work/tasks.jsonl, into work/answers.jsonl."""
+    files = [str(job.work / name) for name in ("tasks.jsonl", "answers.jsonl")]
+    settings = {name: job.settings[name] for name in ("temperature", "top_p", "max_tokens", "samples", "workers")}
+    return [sys.executable, "-m", "parloop.evaluate.client", *files, job.endpoint, job.model, json.dumps(settings)]
 
 
 def ask_all(tasks: Path, answers: Path, endpoint: str, model: str, settings: dict[str, Any]) -> None:

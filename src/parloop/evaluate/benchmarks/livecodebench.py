@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import EvaluationError
 from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, digest, read_lines, reading
-from ..client import code_of
+from ..client import client_command, code_of
 
 SYSTEM = (
     "You are an expert Python programmer. You will be given a question (problem specification) and will generate a correct Python program that "
@@ -37,16 +37,7 @@ def messages(problem: dict) -> list[dict[str, str]]:
 
 def steps(job: Job) -> list[Step]:
     s, work = job.settings, job.work
-    asked = [
-        sys.executable,
-        "-m",
-        "parloop.evaluate.client",
-        str(work / "tasks.jsonl"),
-        str(work / "answers.jsonl"),
-        job.endpoint,
-        job.model,
-        json.dumps({name: s[name] for name in ("temperature", "top_p", "max_tokens", "samples", "workers")}),
-    ]
+    asked = client_command(job)
     collect = [sys.executable, "-m", "parloop.evaluate.benchmarks.livecodebench", str(work), str(s["samples"])]
     score = [
         job.python("livecodebench"),

@@ -8,7 +8,7 @@ import json
 import sys
 
 from ...errors import EvaluationError
-from ..agents import agent_step, cut_short, forget_failed, leaks, predictions, unfinished, write_config
+from ..agents import SETTINGS, agent_step, cut_short, forget_failed, leaks, predictions, unfinished, write_config
 from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, digest, read_lines, reading
 
 AGENT, GRADER = Environment("mini-swe-agent"), Environment("multi-swe-bench")
@@ -135,16 +135,7 @@ BENCHMARK = Benchmark(
         registries=("registry-1.docker.io",),
         hours=60,
     ),
-    settings={
-        "tools": True,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "max_tokens": None,
-        "step_limit": 250,
-        "workers": 4,
-        "environment": "docker",
-        "agent_config": {},
-    },
+    settings=SETTINGS,
     silent='"Multi-SWE" may be this or SWE-bench Multilingual; the scaffold',
     run_here="the converter, whose lines the tool's own loader takes; the parser on its report of logs written by hand; agents and grading: not run",
     steps=steps,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import EvaluationError
 from ..benchmark import Benchmark, Job, Needs, Outcome, Step, digest, read_lines, reading
-from ..client import code_of
+from ..client import client_command, code_of
 
 IMAGE = "ghcr.io/nuprl/multipl-e-evaluation"
 PROMPT = "Complete this {language} program. Answer with the whole program in one code block, without a main program and without tests.\n\n```{language}\n{prompt}\n```"
@@ -19,17 +19,8 @@ SOURCE = "nuprl/MultiPL-E"
 
 
 def steps(job: Job) -> list[Step]:
-    s, work = job.settings, job.work
-    asked = [
-        sys.executable,
-        "-m",
-        "parloop.evaluate.client",
-        str(work / "tasks.jsonl"),
-        str(work / "answers.jsonl"),
-        job.endpoint,
-        job.model,
-        json.dumps({name: s[name] for name in ("temperature", "top_p", "max_tokens", "samples", "workers")}),
-    ]
+    work = job.work
+    asked = client_command(job)
     collect = [sys.executable, "-m", "parloop.evaluate.benchmarks.multipl_e", str(work)]
     folder = str((work / "programs").absolute())
     run = [

@@ -5,7 +5,7 @@ Verified is 500 Python tasks, Multilingual 300 tasks in nine languages, which is
 
 import json
 
-from ..agents import agent_step, cut_short, forget_failed, leaks, predictions, unfinished, write_config
+from ..agents import SETTINGS, agent_step, cut_short, forget_failed, leaks, predictions, unfinished, write_config
 from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, digest, reading
 
 AGENT, GRADER = Environment("mini-swe-agent"), Environment("swebench")
@@ -99,17 +99,7 @@ def _benchmark(subset: str, title: str, measures: str, paper: dict[int, float], 
             registries=("registry-1.docker.io",),
             hours=hours,
         ),
-        settings={
-            "subset": subset,
-            "tools": True,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "max_tokens": None,
-            "step_limit": 250,
-            "workers": 4,
-            "environment": "docker",
-            "agent_config": {},
-        },
+        settings={"subset": subset, **SETTINGS},
         silent="the scaffold: the same lab used a fork of R2E-Gym, which is another agent, so no match can be claimed",
         run_here="the agent on a toy repository, without containers; swebench's grades of a log written by hand; with Docker: not run",
         steps=steps,
