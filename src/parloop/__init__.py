@@ -10,7 +10,7 @@ logging.disable(logging.WARNING)
 import transformers
 from transformers import AutoConfig
 
-from .model.configuration import PLTConfig
+from .model.configuration import GATE, GATE_ALIASES, PLTConfig
 
 __version__ = "0.1.0"
 __all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]
@@ -30,9 +30,11 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 2
 
     AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
     AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
-    # Some checkpoints call the gate loop_gate_proj. They are saved again under the name they were read with.
+    # Some checkpoints call the gate by another name. They are saved again under the name they were read with.
     register_checkpoint_conversion_mapping(
-        PLTConfig.model_type, [WeightRenaming(r"self_attn\.loop_gate_proj\.", "self_attn.plt_gate.")], overwrite=True
+        PLTConfig.model_type,
+        [WeightRenaming(rf"self_attn\.{alias}\.", f"self_attn.{GATE}.") for alias in GATE_ALIASES],
+        overwrite=True,
     )
 else:
     TOO_OLD = (
