@@ -123,7 +123,8 @@ def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
     """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
     code = (
-        "import transformers; transformers.__version__ = '5.19.0'\n"
+        "import importlib.metadata as metadata; real = metadata.version\n"
+        "metadata.version = lambda name: '5.19.0' if name == 'transformers' else real(name)\n"
         "import sys, parloop\n"
         "from parloop import cli\n"
         "assert 'parloop.model.modeling' not in sys.modules\n"

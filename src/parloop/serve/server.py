@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from .. import TOO_OLD
 from ..errors import ServeError
 from ..generate import load_config
+from ..registration import too_old
 from .plugin import check_vllm_version, vllm_version
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -58,8 +58,8 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     )
     from .fallback import serve_with_transformers
 
-    if TOO_OLD:
-        raise ServeError(TOO_OLD)
+    if too_old():
+        raise ServeError(str(too_old()))
     if overrides:
         raise ServeError(
             f"--hf-overrides {json.dumps(overrides)}: transformers' server takes the loop count only (--loops)."
