@@ -4,15 +4,27 @@ Axes: B sequences, T tokens of this call, S keys (cached and new), H query heads
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import repeat_kv
 
+from .configuration import PLTConfig
+
 BANDED = ("eager", "sdpa")  # backends without windows of their own: see window.py
+
+
+class AttentionModule(Protocol):
+    """What a backend, and what calls it, reads of a layer's attention."""
+
+    config: PLTConfig
+    layer_idx: int
+    num_key_value_groups: int
+    scaling: float
+    is_causal: bool
+    training: bool
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
@@ -27,7 +39,9 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS  # [B, T, H, K]
 
 
-def attend(attention: nn.Module, q_BHTK, k_BGSK, v_BGSK, mask: Any, windowed: bool = False, seen_as: Any = None, **kwargs):
+def attend(
+    attention: AttentionModule, q_BHTK, k_BGSK, v_BGSK, mask: Any, windowed: bool = False, seen_as: Any = None, **kwargs
+):
     """Attention through transformers' interface.
 
     Args:
@@ -39,7 +53,7 @@ def attend(attention: nn.Module, q_BHTK, k_BGSK, v_BGSK, mask: Any, windowed: bo
     Returns:
         output [B, T, H, K]; weights [B, H, T, S] or None.
     """
-    config: Any = attention.config
+    config = attention.config
     backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
     if windowed:  # FlashAttention reads this; the library counts the token itself
         kwargs["sliding_window"] = config.window_tokens + 1
@@ -48,7 +62,7 @@ def attend(attention: nn.Module, q_BHTK, k_BGSK, v_BGSK, mask: Any, windowed: bo
     return backend(module, q_BHTK, k_BGSK, v_BGSK, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
 
 
-def attend_rows(attention: nn.Module, q_BGnK, k_BGSK, v_BGSK, mask: Any, **kwargs) -> torch.Tensor:
+def attend_rows(attention: AttentionModule, q_BGnK, k_BGSK, v_BGSK, mask: Any, **kwargs) -> torch.Tensor:
     """Attention of n queries that share a key head and see the same keys, [B, G, n, K]: in a decode step, loops and heads.
 
     To eager and sdpa they are n tokens of a text without causality, so that a key is read once for all of them: heads of a
@@ -66,7 +80,7 @@ def attend_rows(attention: nn.Module, q_BGnK, k_BGSK, v_BGSK, mask: Any, **kwarg
 class _Rows:
     """The module that a backend reads in `attend_rows`: the same layer, with another group count and causality."""
 
-    def __init__(self, attention: Any, num_key_value_groups: int, is_causal: bool):
+    def __init__(self, attention: AttentionModule, num_key_value_groups: int, is_causal: bool):
         self.num_key_value_groups = num_key_value_groups
         self.is_causal = is_causal
         self.training = attention.training

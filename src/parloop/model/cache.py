@@ -83,9 +83,9 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
     if len(cache.layers) == L * R + n and (n == 0 or isinstance(cache.layers[-1], CarryLayer)):
         if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
             for index in range(L * R, L * R + n):
-                fresh = CarryLayer()
-                fresh.record_past = cache.layers[index].record_past  # type: ignore[attr-defined]
-                cache.layers[index] = fresh
+                carry: Any = cache.layers[index]
+                cache.layers[index] = fresh = CarryLayer()
+                fresh.record_past = carry.record_past
         return cache
     if cache.get_seq_length() > 0:
         loops = cached_loops(cache, config)

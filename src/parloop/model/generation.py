@@ -42,14 +42,14 @@ class PLTGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()
 
     def _get_candidate_generator(
-        self: Any, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs
+        self: Any, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
     ):
         # Without it, assistant_early_exit=n would run n of the layers, in caches of another layout, and leave the model's
         # configuration with n layers when that fails.
         n = generation_config.assistant_early_exit
         if n is None:
             return GenerationMixin._get_candidate_generator(
-                self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs
+                self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
             )
         num_loops = model_kwargs.get("num_loops")
         looped = (self.config.plt_num_loops if num_loops is None else loop_count(num_loops)) > 1
@@ -123,7 +123,7 @@ class LayerExitCandidateGenerator(EarlyExitCandidateGenerator):
         super().__init__(assistant_model=assistant_model, generation_config=generation_config, **kwargs)
 
     def get_candidates(self, input_ids, **kwargs):
-        config = self.assistant_model.base_model.config
+        config: Any = self.assistant_model.base_model.config
         layers = config.num_hidden_layers
         try:
             return super().get_candidates(input_ids, **kwargs)

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from .backends import BANDED, attend
+from .backends import BANDED, AttentionModule, attend
 
 
-def attend_window(attention: nn.Module, q_BHTK, k_BGSK, v_BGSK, held: int, mask: Any, **kwargs):
+def attend_window(attention: AttentionModule, q_BHTK, k_BGSK, v_BGSK, held: int, mask: Any, **kwargs):
     """Attention of T tokens over their own loop's keys.
 
     Args:
