@@ -79,6 +79,7 @@ def ask(served, says: str | None = None, before: str = ASSISTANT, **options):
     choice = served.client.chat.completions.create(**call).choices[0]
     message = choice.message
     calls = [(made.function.name, made.function.arguments) for made in message.tool_calls or []]
+    assert all(made.model_dump().keys() == {"id", "type", "function"} for made in message.tool_calls or [])
     reasoning = getattr(message, "reasoning", None)
     assert reasoning == getattr(message, "reasoning_content", None)
     whole = (message.content or "", reasoning or "", calls, choice.finish_reason)

@@ -94,7 +94,7 @@ class Here:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     def __enter__(self):
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
             assert self.thread.is_alive()
@@ -102,8 +102,8 @@ class Here:
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join()
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(30)
 
 
 def served(checkpoint, names, loops=2):
@@ -252,6 +252,8 @@ def test_every_name_of_the_model_is_answered(servers, made):
         for name in names:
             assert running.client.models.retrieve(name).id == names[0]
             assert running.client.completions.create(model=name, prompt="a", max_tokens=1).model == names[0]
+        status, answer = post(f"{running.url}/v1/completions", b'{"prompt": "a", "max_tokens": 1}')  # and none
+        assert (status, json.loads(answer)["model"]) == (200, names[0])
         with pytest.raises(openai.NotFoundError, match=f"use '{names[0]}'"):
             running.client.models.retrieve("other/model")
 
@@ -273,6 +275,8 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(chatty, stop):
         parts = [piece.delta.content if "messages" in call else piece.text for piece in pieces]
         assert "".join(part or "" for part in parts) == "one\ntwo"
         assert pieces[-1].finish_reason == "stop"
+        answer = api.create(model="chatty", **call, stop=stop, extra_body=body, max_tokens=len("one\ntwo\n\n"))
+        assert answer.choices[0].finish_reason == "stop"  # and not the limit, which it comes with
 
 
 def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(chatty):
@@ -419,6 +423,8 @@ def test_samples_are_drawn_from_all_tokens(stub):
     assert settings(generation_config='{"temperature": 0.5}').do_sample
     assert not settings({"do_sample": True, "top_k": 7}, temperature=0).do_sample
     assert not settings(temperature=1e-40).do_sample  # dividing by it would not give numbers
+    assert not settings(generation_config='{"do_sample": true, "temperature": 0}').do_sample
+    assert not settings(temperature=0.5, generation_config='{"do_sample": false}').do_sample
     assert settings({"do_sample": True, "top_p": 0.9}).top_p == 0.9
     assert settings({"max_new_tokens": 5}).max_new_tokens == 5
     assert settings({"max_new_tokens": 5}, max_tokens=7).max_new_tokens == 7
@@ -455,6 +461,8 @@ def test_logit_bias(chatty):
         ({"max_tokens": 0}, 400, "max_tokens=0: .*greater than or equal to 1"),
         ({"temperature": -1}, 400, "temperature=-1: .*greater than or equal to 0"),
         ({"temperature": "hot"}, 400, "temperature='hot'"),
+        ({"temperature": "1"}, 400, "temperature='1'"),
+        ({"max_tokens": True}, 400, "max_tokens=True"),
         ({"top_p": 2}, 400, "top_p=2: .*less than or equal to 1"),
         ({"seed": -1}, 400, "seed=-1"),
         ({"stop": [""]}, 400, "stop.0='': .*at least 1 character"),
@@ -492,13 +500,14 @@ def test_bad_completions_are_refused_and_the_next_works(chatty, options, status,
         ('{"no_such_field": 1}', "generation_config.no_such_field=1: not supported"),
         ('{"top_p": 5}', "generation_config.top_p=5: .*less than or equal to 1"),
         ('{"temperature": "hot"}', "generation_config.temperature='hot'"),
+        ('{"top_k": "5"}', "generation_config.top_k='5'"),
         ('{"temperature": NaN}', "generation_config.temperature=nan"),
         ('{"top_k": -1}', "generation_config.top_k=-1"),
         ('{"max_new_tokens": 0}', "generation_config.max_new_tokens=0"),
         ('{"do_sample": "maybe"}', "generation_config.do_sample='maybe'"),
         ('{"eos_token_id": "x"}', "generation_config.eos_token_id"),
         ('{"sequence_bias": [[[1], "x"]]}', "generation_config.sequence_bias.0.1='x'"),
-        ('{"do_sample": true, "temperature": 0}', "temperature"),  # generate() says so
+        ('{"repetition_penalty": 1e-40}', "generation_config.repetition_penalty=1e-40"),
         ('{"sequence_bias": [[[999999], 1]]}', "vocabulary"),
         ('{"bad_words_ids": []}', "bad_words_ids"),
     ],
@@ -641,6 +650,7 @@ def test_a_client_that_leaves_ends_what_is_written_for_it(stub, stream):
         ),
         ({"messages": [{"role": "user", "content": "a" * POSITIONS}]}, "shorten it"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "tokenize"),
+        ({"extra_body": {"deep": json.loads("[" * 500 + "]" * 500)}}, "deep=.*not supported"),
     ],
 )
 def test_bad_chats_are_refused_and_the_next_works(chatty, options, message):
@@ -685,6 +695,8 @@ def test_bodies_that_are_not_json_objects(chatty, body):
         (["--dtype", "int8"], "dtype='int8' is unknown"),
         (["--device", "cuda:99"], "device='cuda:99' is not there"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid.* cannot be listened at"),
+        (["--host", "a" * 70], "cannot be listened at"),
+        (["--chat-template-kwargs", "[" * 100_000], "must be a JSON object"),
     ],
 )
 def test_options_that_cannot_be(made, arguments, message):

@@ -99,11 +99,11 @@ def test_refused(checkpoint, started, loops, engine, arguments, told):
         server.serve(str(checkpoint), loops, engine, arguments)
 
 
-def test_auto_takes_the_first_engine_that_is_installed(checkpoint, monkeypatch):
+def test_auto_takes_the_first_engine_that_is_at_home(checkpoint, monkeypatch):
     orders, installed = [], []
 
     def engine(name):
-        return server.Engine(lambda: "1.0" if name in installed else None, lambda order: orders.append((name, order)))
+        return server.Engine(lambda: name in installed, lambda order: orders.append((name, order)))
 
     monkeypatch.setattr(server, "ENGINES", {name: engine(name) for name in "abc"})
     for there in (["b", "c"], ["c"]):

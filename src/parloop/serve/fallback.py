@@ -98,10 +98,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict):
             return value
-    raise argparse.ArgumentTypeError(f"{text} must be a JSON object")
+    raise argparse.ArgumentTypeError(f"{text[:80]} must be a JSON object")
 
 
 def _check_port(host: str, port: int) -> None:
@@ -109,5 +109,5 @@ def _check_port(host: str, port: int) -> None:
     try:
         family, *_ = socket.getaddrinfo(host, port)[0]
         socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ServeError(f"host={host!r}, port={port} cannot be listened at ({error}): use another port.") from error

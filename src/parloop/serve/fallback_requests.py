@@ -51,7 +51,7 @@ class Generation(Fields):
     top_p: Share | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01)] | None = None
     no_repeat_ngram_size: Natural | None = None
     bad_words_ids: list[list[Natural]] | None = None
     sequence_bias: list[Annotated[tuple[list[Natural], float], Field(strict=False)]] | None = None  # JSON has lists
@@ -96,7 +96,7 @@ def _object(arguments: Any) -> Any:
     """Of a call, as chat templates take them. What a model wrote that is no JSON stays as it is."""
     try:
         return json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

@@ -33,7 +33,7 @@ from .fallback_requests import Request as Fields
 ANSWER_TOKENS = 1024  # where neither the request nor the checkpoint has a limit, as in `transformers serve`
 GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: what is divided by less may overflow
 # What generate() and chat templates raise for what requests ask for. TypeError: where a template goes through what is no list.
-BAD_REQUEST = (ValueError, TypeError, TemplateError)
+BAD_REQUEST = (ValueError, TypeError, RecursionError, TemplateError)
 
 logger = logging.get_logger(__name__)
 
@@ -106,8 +106,10 @@ class Served:
         """generate()'s. With a temperature or top_p it samples, from all tokens unless the request or the checkpoint has a top_k."""
         given = fields.generation_config.model_dump(exclude_none=True)
         given |= fields.model_dump(include={"temperature", "top_p"}, exclude_none=True)
-        if given.keys() & {"temperature", "top_p"}:
-            given = {"do_sample": given.get("temperature", 1) >= GREEDY_BELOW} | given
+        if given.get("temperature", 1) < GREEDY_BELOW:
+            given["do_sample"] = False
+        elif given.keys() & {"temperature", "top_p"}:
+            given.setdefault("do_sample", True)
         biases = [[[int(token)], bias] for token, bias in fields.logit_bias.items()] + given.get("sequence_bias", [])
         most = fields.max_completion_tokens or fields.max_tokens or given.get("max_new_tokens")
         settings = copy.deepcopy(self.model.generation_config)

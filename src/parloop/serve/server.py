@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import transformers
 from rich.console import Console
 
 from .. import TOO_OLD
@@ -42,11 +41,11 @@ class Order:
 class Engine:
     """A way to serve. Attributes:
 
-    version: of the installed engine; None where it is not installed.
+    at_home: whether `auto` takes it here: it is installed, and the best way of its kind of machine.
     serve: does not return while the server lives, which says at /version what it is. Raises ServeError: it cannot be started.
     """
 
-    version: Callable[[], str | None]
+    at_home: Callable[[], bool]
     serve: Callable[[Order], None]
 
 
@@ -56,7 +55,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     Args:
         checkpoint: folder or Hub name.
         loops: R; None: as trained, or as `--hf-overrides` among the arguments says.
-        engine: a key of ENGINES, or auto: the first of them that is installed.
+        engine: a key of ENGINES, or auto: the first of them that is at home here.
         arguments: options of the server.
 
     Raises:
@@ -72,7 +71,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
         trained_at = " and ".join(map(str, released.trained_loops))
         _tell(f"{loops} loops, but this checkpoint was trained with {trained_at}: expect worse text.", style="yellow")
     if engine == "auto":
-        engine = next(name for name, each in ENGINES.items() if each.version() is not None)
+        engine = next(name for name, each in ENGINES.items() if each.at_home())
     names = served_names(checkpoint, loops)
     ENGINES[engine].serve(Order(checkpoint, loops, trained, names, overrides, arguments))
 
@@ -102,8 +101,8 @@ def _serve_with_transformers(order: Order) -> None:
 
 
 ENGINES = {  # the best first
-    "vllm": Engine(lambda: vllm_version(), _serve_with_vllm),
-    "transformers": Engine(lambda: transformers.__version__, _serve_with_transformers),
+    "vllm": Engine(lambda: vllm_version() is not None, _serve_with_vllm),
+    "transformers": Engine(lambda: True, _serve_with_transformers),
 }
 
 
