@@ -116,6 +116,4 @@ class Message(BaseModel, extra="allow"):
 
     def for_template(self) -> dict[str, Any]:
         text = " ".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
-        message = self.model_dump(exclude_none=True) | {"content": text}
-        reasoning = message.get("reasoning_content") or message.get("reasoning")  # templates know one of the names
-        return message | ({"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {})
+        return self.model_dump(exclude_none=True) | {"content": text}
