@@ -431,6 +431,17 @@ def test_samples_are_drawn_from_all_tokens(stub):
     assert settings(max_tokens=700).max_new_tokens == 100
 
 
+@pytest.mark.parametrize("stop", ["\n\n", ["zz", "\n\n"]])
+def test_settings_of_the_checkpoint_that_are_for_other_uses(chatty, monkeypatch, stop):
+    """Beams cannot be streamed; stop strings of its own it has beside those of the request, and they are not shown either."""
+    own = GenerationConfig(num_beams=3, num_return_sequences=2, stop_strings=stop, max_length=20, eos_token_id=2)
+    monkeypatch.setattr(chatty.served.model, "generation_config", own)
+    for text, said_until in (("one\n\ntwo", "one"), ("one END two", "one ")):
+        call = {"model": "chatty", "messages": HELLO, "stop": "END", **said(text)}
+        assert chatty.client.chat.completions.create(**call).choices[0].message.content == said_until
+        assert streamed(chatty.client.chat.completions.create(**call, stream=True)) == (said_until, [], ["stop"])
+
+
 def test_answers_end_where_the_models_positions_do(chatty):
     prompt = "a" * (POSITIONS - 3)
     answer = chatty.client.completions.create(model="chatty", prompt=prompt, max_tokens=50)

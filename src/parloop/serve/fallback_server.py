@@ -86,7 +86,8 @@ class Served:
                 400, f"This model's maximum context length is {limit} tokens, and the prompt has {tokens}: shorten it."
             )
         settings = self._settings(fields, limit - tokens)
-        writer = Writer(self.tokenizer, fields.stop, parser)
+        own = settings.stop_strings or []  # the checkpoint's
+        writer = Writer(self.tokenizer, [*fields.stop, *([own] if isinstance(own, str) else own)], parser)
 
         def write() -> None:
             try:
@@ -94,7 +95,7 @@ class Served:
                     torch.manual_seed(fields.seed)
                 given = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
                 with contextlib.suppress(Ended):
-                    self.model.generate(**given, generation_config=settings, streamer=writer)
+                    self.model.generate(**given, generation_config=settings, streamer=writer, tokenizer=self.tokenizer)
                 writer.close()
             except Exception as error:
                 writer.close(error)
@@ -114,7 +115,8 @@ class Served:
         most = fields.max_completion_tokens or fields.max_tokens or given.get("max_new_tokens")
         settings = copy.deepcopy(self.model.generation_config)
         most = min(most or settings.max_new_tokens or ANSWER_TOKENS, room)
-        settings.update(**given | {"max_new_tokens": most, "max_length": None, "sequence_bias": biases or None})
+        one = {"num_beams": 1, "num_return_sequences": 1}  # whatever the checkpoint's own settings ask for
+        settings.update(**given | one | {"max_new_tokens": most, "max_length": None, "sequence_bias": biases or None})
         if not settings.do_sample:
             settings.temperature = settings.top_k = settings.top_p = settings.min_p = settings.typical_p = None
         elif settings.top_k is None:
