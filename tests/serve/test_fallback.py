@@ -102,8 +102,9 @@ class Here:
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(30)
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.server.force_exit = True  # where a test failed and left an answer that does not end
 
 
 def served(checkpoint, names, loops=2):
