@@ -99,6 +99,24 @@ def test_refused(checkpoint, started, loops, engine, arguments, told):
         server.serve(str(checkpoint), loops, engine, arguments)
 
 
+def test_auto_takes_the_first_engine_that_is_at_home(checkpoint, monkeypatch):
+    orders, installed = [], []
+
+    def engine(name):
+        return server.Engine(lambda: name in installed, lambda order: orders.append((name, order)))
+
+    monkeypatch.setattr(server, "ENGINES", {name: engine(name) for name in "abc"})
+    for there in (["b", "c"], ["c"]):
+        installed[:] = there
+        server.serve(str(checkpoint), None, "auto", ["--port", "1"])
+    server.serve(str(checkpoint), 1, "a", [])  # that it is not installed, it says itself
+    assert [name for name, _ in orders] == ["b", "c", "a"]
+    names = ["coder@2", "coder", str(checkpoint)]
+    assert orders[0][1] == server.Order(str(checkpoint), 2, 2, names, {}, ["--port", "1"])
+    with pytest.raises(ServeError, match="use one of auto, a, b, c"):
+        server.serve(str(checkpoint), None, "vllm", [])
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.8.5.post1", "0.34.0", "0.34.0rc1", "1.0.0"])
 def test_versions_of_vllm_that_do_not_fit(version, monkeypatch, checkpoint, started):
     monkeypatch.setattr(plugin, "vllm_version", lambda: version)
