@@ -1,4 +1,4 @@
-"""`parloop serve`: vLLM's OpenAI server with the loop dial, or transformers' where there is no vLLM."""
+"""`parloop serve`: vLLM's OpenAI server with the loop dial; where there is no vLLM, mlx-lm's or transformers'."""
 
 import argparse
 import importlib.metadata
@@ -12,10 +12,11 @@ from rich.console import Console
 
 from .. import TOO_OLD
 from ..errors import ServeError
-from ..generate import load_config
+from ..export.mlx import mlx_lm_version
+from ..generate import load_config, local_folder
 from .plugin import check_vllm_version, vllm_version
 
-ENGINES = ("auto", "vllm", "transformers")
+ENGINES = ("auto", "vllm", "mlx", "transformers")
 
 
 def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str]) -> None:
@@ -24,7 +25,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     Args:
         checkpoint: folder or Hub name.
         loops: R; None: as trained, or as `--hf-overrides` among the arguments says.
-        engine: auto, vllm or transformers.
+        engine: auto, vllm, mlx or transformers.
         arguments: options of the server.
 
     Raises:
@@ -43,16 +44,30 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
         console.print(
             f"{loops} loops, but this checkpoint was trained with {trained_at}: expect worse text.", style="yellow"
         )
-    if engine == "vllm" or (engine == "auto" and vllm_version() is not None):
+    engine = default_engine() if engine == "auto" else engine
+    if engine == "vllm":
         if loops != trained or overrides:
             arguments = [*arguments, "--hf-overrides", json.dumps(overrides | {"plt_num_loops": loops})]
         command = vllm_command(checkpoint, names, arguments)
         told = f"vLLM {vllm_version()} serves {checkpoint} with {loops} loops as {names[0]}"
         console.print(told, highlight=False, markup=False)
         run(command)
+    if engine == "mlx":
+        if overrides:
+            raise ServeError(f"--hf-overrides {json.dumps(overrides)}: mlx-lm's server takes the loop count only (--loops).")
+        from .mlx import serve_with_mlx
+
+        told = f"mlx-lm {mlx_lm_version()} serves {checkpoint} with {loops} loops as {names[0]}"
+        console.print(told, highlight=False, markup=False)
+        serve_with_mlx(local_folder(checkpoint), num_loops=loops, names=names, arguments=arguments)
+        return
+    better = 'On a Mac, mlx-lm would batch them: pip install "parloop[mlx]".'
+    if sys.platform != "darwin":
+        better = (
+            'vLLM would batch them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".'
+        )
     console.print(
-        f"transformers serves {checkpoint} with {loops} loops as {names[0]}. It answers one request after the other. vLLM would batch "
-        f'them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".',
+        f"transformers serves {checkpoint} with {loops} loops as {names[0]}. It answers one request after the other. {better}",
         highlight=False,
         markup=False,
     )
@@ -72,6 +87,13 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     options.add_argument("--served-model-name", dest="name", default=names[0])
     known, rest = options.parse_known_args(arguments)
     serve_with_transformers(checkpoint, num_loops=loops, arguments=rest, **vars(known))
+
+
+def default_engine() -> str:
+    """vLLM where it is installed; else, on a Mac, mlx-lm where it is; else transformers."""
+    if vllm_version() is not None:
+        return "vllm"
+    return "mlx" if sys.platform == "darwin" and mlx_lm_version() is not None else "transformers"
 
 
 def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:
