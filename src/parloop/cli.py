@@ -132,18 +132,21 @@ def export(checkpoint: str, /, *, out: Path, to: str = "transformers", bits: int
     Parameters
     ----------
     checkpoint
-        Folder checkpoint-N of a run; for mlx also any PLT, a folder or a Hub name.
+        Folder checkpoint-N of a run; for other forms than transformers also any PLT, a folder or a Hub name.
     out
         Folder to make.
     to
-        transformers, or mlx: a folder that mlx-lm runs without parloop.
+        transformers; mlx: a folder that mlx-lm runs without parloop; gguf: a file that no engine runs yet, for who writes one.
     bits
-        For mlx: quantise to 8 or 4 bits, but for gates and norms. Default: the weights as they are.
+        For mlx and gguf: quantise to 8 or 4 bits, but for gates and norms. Default: the weights as they are; in gguf, float32.
     """
     from .export.export import export as run
+    from .export.gguf import WARNING
 
     folder = run(checkpoint, out, to=to, bits=bits)
     _console().print(f"model: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if to == "gguf":
+        _console().print(WARNING, style="yellow", highlight=False, markup=False)
 
 
 @app.command

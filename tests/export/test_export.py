@@ -90,15 +90,16 @@ def test_folders_that_cannot_be(tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ExportError, match="exists and is not empty"):
         export(PROBE, tmp_path / "full", to="mlx")
-    with pytest.raises(ExportError, match=r"no config\.json"):
+    with pytest.raises(ExportError, match=r"no model\*\.safetensors"):
         export(tmp_path / "full", tmp_path / "out", to="mlx")
     with pytest.raises(CheckpointError, match="no such folder"):
         export(tmp_path / "nowhere", tmp_path / "out", to="mlx")
     with pytest.raises(CheckpointError, match="no whole checkpoint of a run"):
         export(PROBE, tmp_path / "out")
-    shutil.copyfile(PROBE / "config.json", tmp_path / "full" / "config.json")
-    with pytest.raises(ExportError, match=r"no model\*\.safetensors"):
+    shutil.copyfile(PROBE / "model.safetensors", tmp_path / "full" / "model.safetensors")
+    with pytest.raises(ExportError, match=r"no config\.json"):
         export(tmp_path / "full", tmp_path / "out", to="mlx")
     (tmp_path / "full" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ExportError, match="'llama': not a PLT"):
-        export(tmp_path / "full", tmp_path / "out", to="mlx")
+    for form, error in (("mlx", ExportError), ("gguf", CheckpointError)):
+        with pytest.raises(error, match=r"'llama'.* not a PLT"):
+            export(tmp_path / "full", tmp_path / "out", to=form)

@@ -5,9 +5,10 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ExportError
+from .gguf import export_gguf
 from .mlx import export_mlx
 
-FORMS = ("transformers", "mlx")
+FORMS = ("transformers", "mlx", "gguf")
 
 
 def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers", bits: int | None = None) -> Path:
@@ -17,7 +18,7 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers",
         checkpoint: checkpoint-N of a run, of any number of processes; for other forms than transformers also any PLT, a folder or a
             Hub name.
         out: folder to make. It appears when it is complete.
-        to: transformers or mlx.
+        to: transformers, mlx or gguf.
         bits: of quantised weights, 4 or 8. None: weights stay as they are.
 
     Raises:
@@ -44,7 +45,12 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers",
             checkpoint = export_run(checkpoint, Path(scratch, "run"))
         folder = Path(scratch, "made")
         folder.mkdir()
-        export_mlx(local_folder(str(checkpoint)), folder, bits)
+        source, write = local_folder(str(checkpoint)), export_mlx if to == "mlx" else export_gguf
+        if not list(source.glob("model*.safetensors")):
+            raise ExportError(
+                f"checkpoint {str(source)!r} has no model*.safetensors: it is no checkpoint, or must be saved in that form first."
+            )
+        write(source, folder, bits)
         if out.exists():
             out.rmdir()
         shutil.move(folder, out)

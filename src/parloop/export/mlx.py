@@ -60,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     kind = config.get("model_type")
     if kind != MLX_MODULE.rpartition(".")[2]:
-        raise ExportError(f"checkpoint {str(folder)!r} has model_type {kind!r}: not a PLT. mlx-lm may know it by itself.")
+        raise ExportError(f"checkpoint {str(folder)!r} has model_type {kind!r}: not a PLT; mlx-lm may know it by itself.")
     if mlx_lm_version() is not None:
         register()
         try:
@@ -80,11 +80,9 @@ def export_mlx(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
             if a size of the model is no multiple of 64). Gates and norms stay as they are. None: all weights stay.
 
     Raises:
-        ExportError: it is no PLT, has no safetensors, is quantised already, or cannot be.
+        ExportError: it is no PLT, is quantised already, or cannot be.
     """
     config = read_config(checkpoint)
-    if not list(checkpoint.glob("model*.safetensors")):
-        raise ExportError(f"checkpoint {str(checkpoint)!r} has no model*.safetensors: save it in that form first.")
     if bits is None:
         for path in _parts(checkpoint):
             shutil.copyfile(path, folder / path.name)
