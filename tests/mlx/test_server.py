@@ -112,6 +112,17 @@ def test_chat_whole_streamed_and_stopped(server):
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_a_text_is_continued_exactly_where_its_answer_ended(server):
+    """What ends mlx-lm 0.32's own server, and all requests that wait there."""
+    prompt, right = next(iter(RIGHT.items()))
+    text = prompt
+    for _ in range(3):
+        answer = server.client.completions.create(model="probe", prompt=text, max_tokens=TOKENS // 3, temperature=0)
+        text += answer.choices[0].text
+        assert text == prompt + right["text"][: len(text) - len(prompt)]
+    assert answer.usage.prompt_tokens_details.cached_tokens > 0
+
+
 def test_no_request_makes_it_load_another_model(server, tmp_path):
     for asked, told in (
         ({"model": "probe@1"}, "'probe@1' is not served here: use 'probe@2'"),

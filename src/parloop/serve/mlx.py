@@ -1,7 +1,7 @@
 """`parloop serve` with mlx-lm: its own server (`mlx_lm.server`), all of its options, around one PLT at any loop count.
 
-Put into it, in this process: the names that the model answers to, and that no request makes it load another one. mlx-lm's server itself
-takes the folder of whatever a request names.
+Put into it, in this process: the names that the model answers to; that no request makes it load another one, where mlx-lm's server itself
+takes the folder of whatever a request names; and prompts that are continued where an answer ended.
 """
 
 import json
@@ -62,7 +62,7 @@ def with_loops(checkpoint: Path, config: dict, num_loops: int, folder: Path) -> 
 
 
 def run_server(names: list[str]) -> None:
-    """`mlx_lm.server`'s own main, by the arguments in sys.argv. It has no parameters for what loads models and what lists them."""
+    """`mlx_lm.server`'s own main, by the arguments in sys.argv. It has no parameters for what loads models, lists them and keeps prompts."""
     from mlx_lm import server
 
     class OnePLT(server.ModelProvider):
@@ -82,8 +82,16 @@ def run_server(names: list[str]) -> None:
             self.end_headers()
             self.wfile.write(body)
 
+    class PromptCache(server.LRUPromptCache):
+        """One token of a prompt is always left to compute. Without one, as when a text is continued exactly where an answer ended,
+        mlx-lm 0.32's thread that generates dies, whatever the model."""
+
+        def fetch_nearest_cache(self, model, tokens):
+            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+            return cache, [*rest, *tokens[-1:]]
+
     def run(host, port, model_provider, **options):
-        cache = server.LRUPromptCache(model_provider.cli_args.prompt_cache_size)
+        cache = PromptCache(model_provider.cli_args.prompt_cache_size)
         server._run_http_server(host, port, server.ResponseGenerator(model_provider, cache), handler_class=Handler)
 
     server.ModelProvider, server.run = OnePLT, run
