@@ -5,7 +5,7 @@ import torch
 
 from parloop import PLTConfig, PLTForCausalLM
 
-collect_ignore = ["vllm"]  # needs an environment of its own: make test-vllm
+collect_ignore = ["mlx", "vllm"]  # they need environments of their own: make test-mlx, make test-vllm
 
 VOCABULARY = 61
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import CheckpointError, EvaluationError, ParloopError
+from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError
 from .record import command_line
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
@@ -121,23 +121,33 @@ def train(
 
 
 @app.command
-def export(checkpoint: Path, /, *, out: Path) -> None:
-    """Write a run's checkpoint, of one process or of many, as a model that any tool loads.
+def export(checkpoint: str, /, *, out: Path, to: str = "transformers", bits: int | None = None) -> None:
+    """Write a run's checkpoint, of one process or of many, as a model that any tool loads; or a PLT for another engine.
 
     (A run that is finished has its model in its folder.)
 
     Example: parloop export runs/train/gpu-r2/checkpoint-500 --out after-500-steps
 
+    For Macs: parloop export CHECKPOINT --to mlx --bits 4 --out for-my-mac
+
     Parameters
     ----------
     checkpoint
-        Folder checkpoint-N of a run.
+        Folder checkpoint-N of a run; for other forms than transformers also any PLT, a folder or a Hub name.
     out
         Folder to make.
+    to
+        transformers; mlx: a folder that mlx-lm runs without parloop; gguf: a file that no engine runs yet, for who writes one.
+    bits
+        For mlx and gguf: quantise to 8 or 4 bits, but for gates and norms. Default: the weights as they are; in gguf, float32.
     """
-    from .train.checkpoint import export as run
+    from .export.export import export as run
+    from .export.gguf import WARNING
 
-    _console().print(f"model: {run(checkpoint, out)}", highlight=False, markup=False, soft_wrap=True)
+    folder = run(checkpoint, out, to=to, bits=bits)
+    _console().print(f"model: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if to == "gguf":
+        _console().print(WARNING, style="yellow", highlight=False, markup=False)
 
 
 @app.command
@@ -485,7 +495,7 @@ def serve(
     loops: int | None = None,
     engine: str = "auto",
 ) -> None:
-    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else with transformers.
+    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else on a Mac with mlx-lm, else with transformers.
 
     The model answers to NAME@R, which shows the loop count, and to NAME.
 
@@ -496,15 +506,63 @@ def serve(
     checkpoint
         Folder or Hub name of a PLT checkpoint.
     arguments
-        Options of the server: --port 8001, --host 0.0.0.0, and with vLLM every option of `vllm serve`.
+        Options of the server: --port 8001, --host 0.0.0.0, and every option of `vllm serve` or `mlx_lm.server`.
     loops
         How often to run the stack. Default: as trained.
     engine
-        auto, vllm or transformers.
+        auto, vllm, mlx or transformers.
     """
     from .serve.server import serve as run_server
 
     run_server(checkpoint, loops, engine, list(arguments))
+
+
+@app.command(name="check")
+def check_port(
+    checkpoint: str | None = None,
+    /,
+    *,
+    endpoint: str | None = None,
+    model: str | None = None,
+    engine: str = "auto",
+    write: Path | None = None,
+) -> None:
+    """Does an engine compute a PLT, and if not, which mechanism does it lack? A minute, with a small checkpoint that is shipped.
+
+    Write that checkpoint: parloop check --write probe
+
+    Serve it with the engine, and: parloop check --endpoint http://127.0.0.1:8080/v1 --model probe
+
+    Without a server: parloop check (what parloop serve starts here), or parloop check FOLDER (what became of the checkpoint).
+
+    Ends with 0 if the model is right, else with 1.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that the small checkpoint was converted to. Default: itself. A server is started for it.
+    endpoint
+        A server that runs it, with /v1. Completions, greedy; log-probabilities if the server has them.
+    model
+        What that server calls it.
+    engine
+        Without --endpoint, which server to start: auto, vllm, mlx or transformers.
+    write
+        Folder to make, with the small checkpoint. Nothing is checked then.
+    """
+    from . import check
+
+    console = _console()
+    if write is not None:
+        console.print(f"checkpoint: {check.write_probe(write)}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if (endpoint is None) != (model is None) or (endpoint and checkpoint):
+        raise PortCheckError("give --endpoint and --model together and no folder, or neither.")
+    verdict = check.check_endpoint(endpoint, model) if endpoint and model else check.check_checkpoint(checkpoint, engine)
+    console.print(f"[bold {'green' if verdict.right else 'red'}]{escape(verdict.headline)}[/]", highlight=False)
+    for detail in verdict.details:
+        console.print(f"  {detail}", highlight=False, markup=False)
+    sys.exit(0 if verdict.right else 1)
 
 
 @app.command(name="eval")
@@ -653,6 +711,8 @@ def run(
 
     Example: parloop run -m lm_eval --model hf --model_args pretrained=CHECKPOINT --tasks TASK
 
+    With mlx-lm: parloop run -m mlx_lm generate --model CHECKPOINT --prompt "def "
+
     Parameters
     ----------
     module
@@ -660,6 +720,9 @@ def run(
     arguments
         Its arguments.
     """
+    from .export.mlx import register
+
+    register()
     sys.argv = [module, *arguments]
     sys.path.insert(0, os.getcwd())  # as python -m does
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -25,6 +25,10 @@ class ConvertError(ParloopError, ValueError):
     """A checkpoint that cannot be converted."""
 
 
+class ExportError(ParloopError, ValueError):
+    """A checkpoint that cannot be written in another form."""
+
+
 class DiagnosisError(ParloopError, ValueError):
     """Something that cannot be diagnosed."""
 
@@ -35,6 +39,10 @@ class BenchError(ParloopError, ValueError):
 
 class ServeError(ParloopError, ValueError):
     """A server that cannot be started."""
+
+
+class PortCheckError(ParloopError, RuntimeError):
+    """A server that cannot be checked."""
 
 
 class EvaluationError(ParloopError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What `import parloop` tells other libraries, when they are imported: transformers learns the model, PEFT its layers.
+"""What `import parloop` tells other libraries, when they are imported: transformers and mlx-lm learn the model.
 
 Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX need none of them. So
 the registrations wait until the module that they change is imported, by whomever; if it is there already, they are made at once.
@@ -69,7 +69,14 @@ def _register_imported_models() -> None:
         _register_models()
 
 
+def _register_with_mlx_lm() -> None:
+    from .export.mlx import register
+
+    register()
+
+
 AFTER: dict[str, Callable[[], None]] = {
+    "mlx_lm": _register_with_mlx_lm,
     "parloop.model.modeling": _register_imported_models,
     "transformers.models.auto.configuration_auto": _register_configuration,
     "transformers.models.auto.modeling_auto": _register_models,

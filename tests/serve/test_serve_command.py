@@ -90,7 +90,7 @@ def test_the_parsers_that_agents_need_are_vllms(checkpoint, started):
         (2, "auto", ["--hf-overrides", '{"plt_num_loops": 3}'], "give one of the two"),
         (None, "auto", ["--hf-overrides", "plt"], "is not JSON"),
         (None, "auto", ["--hf-overrides", "[1]"], "is not JSON"),
-        (None, "sglang", [], "auto, vllm, transformers"),
+        (None, "sglang", [], "auto, vllm, mlx, transformers"),
         (None, "transformers", ["--hf-overrides", '{"vocab_size": 1}'], "loop count only"),
     ],
 )
@@ -136,6 +136,28 @@ def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):
     monkeypatch.setattr(plugin, "vllm_version", lambda: None)
     with pytest.raises(ServeError, match=r"pip install \"parloop\[vllm\]\""):
         server.serve(str(checkpoint), None, "vllm", [])
+
+
+@pytest.mark.parametrize(
+    ("vllm", "mlx", "platform", "engine"),
+    [
+        (None, "0.32.2", "darwin", "mlx"),
+        ("0.32.0", "0.32.2", "darwin", "vllm"),
+        (None, None, "darwin", "transformers"),
+        (None, "0.32.2", "linux", "transformers"),
+        (None, None, "linux", "transformers"),
+    ],
+)
+def test_the_default_engine_is_vllm_or_on_a_mac_mlx(monkeypatch, vllm, mlx, platform, engine):
+    monkeypatch.setattr(server, "vllm_version", lambda: vllm)
+    monkeypatch.setattr(server, "mlx_lm_version", lambda: mlx)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert next(name for name, each in server.ENGINES.items() if each.at_home()) == engine
+
+
+def test_mlx_asked_for_and_not_there(checkpoint):
+    with pytest.raises(ServeError, match=r"pip install \"parloop\[mlx\]\""):
+        server.serve(str(checkpoint), None, "mlx", [])
 
 
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):

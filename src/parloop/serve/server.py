@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from ..errors import ServeError
-from ..generate import load_config
+from ..export.mlx import mlx_lm_version
+from ..generate import load_config, local_folder
 from ..registration import too_old
 from .plugin import check_vllm_version, vllm_version
 
@@ -87,9 +88,12 @@ def _serve_with_vllm(order: Order) -> NoReturn:
 
 
 def _serve_with_transformers(order: Order) -> None:
+    better = 'vLLM would batch them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".'
+    if sys.platform == "darwin":
+        better = 'mlx-lm would batch them: pip install "parloop[mlx]".'
     _tell(
         f"transformers serves {order.checkpoint} with {order.loops} loops as {order.names[0]}. It answers one request after the other. "
-        f'vLLM would batch them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".'
+        f"{better}"
     )
     from .fallback import serve_with_transformers
 
@@ -100,8 +104,20 @@ def _serve_with_transformers(order: Order) -> None:
     serve_with_transformers(order.checkpoint, order.loops, order.names, order.arguments)
 
 
+def _serve_with_mlx(order: Order) -> None:
+    if order.overrides:
+        raise ServeError(
+            f"--hf-overrides {json.dumps(order.overrides)}: mlx-lm's server takes the loop count only (--loops)."
+        )
+    from .mlx import serve_with_mlx
+
+    _tell(f"mlx-lm {mlx_lm_version()} serves {order.checkpoint} with {order.loops} loops as {order.names[0]}")
+    serve_with_mlx(local_folder(order.checkpoint), num_loops=order.loops, names=order.names, arguments=order.arguments)
+
+
 ENGINES = {  # the best first
     "vllm": Engine(lambda: vllm_version() is not None, _serve_with_vllm),
+    "mlx": Engine(lambda: sys.platform == "darwin" and mlx_lm_version() is not None, _serve_with_mlx),
     "transformers": Engine(lambda: True, _serve_with_transformers),
 }
 
