@@ -177,6 +177,26 @@ def test_what_is_killed_while_it_writes_can_write_again(broken, tmp_path, monkey
     assert files(tmp_path).keys() == {CLAIM, "report.html"}
 
 
+def test_half_a_file_is_not_left(tmp_path):
+    with claimed(tmp_path, STUDY) as out:
+        out.write("report.html", "whole")
+        with pytest.raises(ZeroDivisionError), out.file("report.html") as path:
+            path.write_text("hal")
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            out.write_files(lambda folder: [(folder / "README.md").write_text("half"), 1 / 0])
+    assert files(tmp_path).keys() == {CLAIM, "report.html"}
+    assert (tmp_path / "report.html").read_text() == "whole"
+
+
+def test_a_strangers_claim_in_a_folder_that_looks_like_ours(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": [], "verdict": ""}')
+    (tmp_path / CLAIM).write_text('{"kind": "mine"}')
+    with pytest.raises(OutputError, match=rf"holds {CLAIM}, which parloop did not write"), claimed(tmp_path, STUDY):
+        pytest.fail("it was claimed")
+    assert (tmp_path / CLAIM).read_text() == '{"kind": "mine"}'
+
+
 def test_nothing_is_left_where_nothing_came_of_it(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "out", STUDY):
         raise ZeroDivisionError

@@ -87,7 +87,7 @@ def train(
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh
-        Delete what the folder holds and start over.
+        Delete the run in the folder and start over. Refused if the folder holds anything else.
     plan
         Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
@@ -575,7 +575,8 @@ def evaluate(
         Tables and a plot of results, with intervals, tests and the paper's numbers; also written into --output, as report.html,
         evaluation.png and evaluation.json.
     fresh
-        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over.
+        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over. Refused if there
+        is anything else.
     """
     import shlex
 

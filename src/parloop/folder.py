@@ -186,7 +186,7 @@ class OutputFolder:
             raise OutputError(f"{what} {self.kind.name} of {claim['of']}, and not of {self.of}: choose another folder.")
         if claim:
             self.hashes = {name: list(known) for name, known in claim["files"].items()}
-        elif there and CLAIM not in there and self.kind.known(self.path):
+        elif there and self.kind.known(self.path):
             own = [name for name in there if re.fullmatch(self.kind.files, name) and (self.path / name).is_file()]
             self.hashes = {name: [_hash(self.path / name)] for name in own}
         elif there and not self.kind.shared:
