@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,14 @@ def test_a_strangers_claim_in_a_folder_that_looks_like_ours(tmp_path):
     assert (tmp_path / CLAIM).read_text() == '{"kind": "mine"}'
 
 
+def test_a_folder_that_is_deleted_meanwhile(tmp_path):
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "out", STUDY):
+        shutil.rmtree(tmp_path / "out")
+        raise ZeroDivisionError
+    with claimed(tmp_path / "out", STUDY) as out:
+        out.write("report.html", "ours")
+
+
 def test_nothing_is_left_where_nothing_came_of_it(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "out", STUDY):
         raise ZeroDivisionError
@@ -355,6 +364,7 @@ def test_torchs_writer_that_tells_no_reason(free, tmp_path, monkeypatch):
     "error",
     [
         PermissionError(errno.EACCES, "Permission denied", "/elsewhere/text.py"),  # of what is read
+        PermissionError(errno.EACCES, "Permission denied", "{beside}/text.py"),
         PermissionError(errno.EACCES, "Permission denied"),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
         ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
@@ -363,6 +373,8 @@ def test_torchs_writer_that_tells_no_reason(free, tmp_path, monkeypatch):
     ],
 )
 def test_other_errors_stay_what_they_are(error, tmp_path):
+    if isinstance(error, OSError) and error.filename:
+        error = type(error)(error.errno, error.strerror, error.filename.format(beside=tmp_path))
     with pytest.raises(type(error)) as raised, disk_errors(tmp_path / "out"):
         raise error
     assert raised.value is error

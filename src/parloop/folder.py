@@ -66,7 +66,7 @@ def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
 
 
 def _is_study(folder: Path) -> bool:
-    """With results, or interrupted before there were any."""
+    """Whether a folder has a study's results, or runs of one that was interrupted before there were any."""
     runs = all(re.fullmatch(STUDY.made, name) and (folder / name / "recipe.yaml").is_file() for name in _names(folder))
     return runs or _holds("results.json", "rows", "verdict")(folder)
 
@@ -233,8 +233,9 @@ def claimed(
                 try:
                     yield out
                 finally:
-                    if began and not _names(path):  # nothing came of it
-                        (path / CLAIM).unlink()
+                    with contextlib.suppress(OSError):  # somebody deleted it
+                        if began and not _names(path):  # nothing came of it
+                            (path / CLAIM).unlink()
         finally:
             if new:
                 with contextlib.suppress(OSError):  # it is not empty
@@ -273,7 +274,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def read_claim(folder: Path) -> dict[str, Any]:
-    """What parloop.json of a folder says: kind, of and files; empty if there is none, or it is not ours."""
+    """Return kind, of and files from a folder's parloop.json; empty if there is none, or it is somebody else's."""
     claim = _read_json(folder / CLAIM)
     return claim if claim.keys() == {"kind", "of", "files"} and isinstance(claim["files"], dict) else {}
 
@@ -303,9 +304,7 @@ def check_room(folder: Path, needed: float, what: str) -> None:
     Raises:
         OutputError: it has less.
     """
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    if (free := _free_bytes(folder)) < needed:
         raise OutputError(
             f"{what} takes {needed / 1e9:.3g} GB, and the disk of {str(folder)!r} has {free / 1e9:.3g} GB free: make room, or choose a folder "
             f"on another disk."
@@ -404,13 +403,13 @@ OF_A_PLACE = {  # these may be said of what is read, too: it depends on which fi
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
     errno.ESTALE,
 }  # fmt: skip
-# How libraries that are not written in Python put it, in exceptions that are no OSError.
+# In exceptions of libraries in Rust and C++, which are no OSError.
 CODE = re.compile(r"\((?:os )?error (\d+)\)|\[?[Ee]rrno (\d+)")
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, going_on: str = "nothing is lost", option: str = "--output") -> Iterator[None]:
-    """Turn what a disk says into what can be done about it.
+    """Turn errors of a disk into sentences that say what can be done.
 
     Args:
         folder: what is written into.
@@ -427,7 +426,7 @@ def disk_errors(folder: Path, going_on: str = "nothing is lost", option: str = "
     except BaseException as error:  # one of torch's, of saving, is no Exception
         number, place = _code_of(error)
         if number is None and "inline_container" in str(error):  # torch's zip files, whose writer tells no reason
-            number, place = errno.ENOSPC if _is_nearly_full(folder) else errno.EIO, folder
+            number, place = errno.ENOSPC if _free_bytes(folder) < 2**26 else errno.EIO, folder
         ours = place is None or place.name in (CLAIM, LOCK) or ".partial" in place.name
         where = repr(str(folder if ours else place))
         if number in FULL:
@@ -464,15 +463,17 @@ def _place_of(error: BaseException) -> Path | None:
     return Path(os.fsdecode(named[0])) if named else None
 
 
-def _is_nearly_full(folder: Path) -> bool:
+def _free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder that is there, or will be."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free < 2**26
+    return shutil.disk_usage(existing).free
 
 
 def _is_of(place: Path, folder: Path) -> bool:
-    """Whether a path is in a folder, or is one that leads to it."""
+    """Whether a path is in a folder, or in the scratch folder beside it, or leads to it."""
     place, folder = Path(os.path.abspath(place)), Path(os.path.abspath(folder))
-    return place.is_relative_to(folder) or folder.is_relative_to(place) or place.parent == folder.parent
+    beside = any(part.startswith(f".{folder.name}.partial-") for part in place.parts)
+    return beside or place.is_relative_to(folder) or folder.is_relative_to(place)
 
 
 def _names(folder: Path) -> list[str]:

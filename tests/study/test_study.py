@@ -318,17 +318,14 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_read(recipe, tm
 
 def test_a_readme_that_was_edited_is_not_written_over(recipe, study, monkeypatch):
     folder, results = study
-    write_study_report(results, folder)
-    kept = (folder / "README.md").read_text()
-    try:
-        (folder / "README.md").write_text(kept + "my notes")
-        for write in (lambda: run_study(recipe, folder, console=QUIET), lambda: write_study_report(results, folder)):
-            with pytest.raises(OutputError, match=r"holds README.md, which .* was changed since.* move it away"):
-                write()
-        assert (folder / "README.md").read_text() == kept + "my notes"
-    finally:
-        (folder / "README.md").write_text(kept)
-    write_study_report(results, folder)
+    with claimed(folder, STUDY) as out:
+        out.write("README.md", "ours")
+    (folder / "README.md").write_text("ours, and my notes")
+    for write in (lambda: run_study(recipe, folder, console=QUIET), lambda: write_study_report(results, folder)):
+        with pytest.raises(OutputError, match=r"holds README.md, which .* was changed since.* move it away"):
+            write()
+    assert (folder / "README.md").read_text() == "ours, and my notes"
+    (folder / "README.md").unlink()
 
 
 def test_starting_over_deletes_nothing_of_others(recipe, study, tmp_path):

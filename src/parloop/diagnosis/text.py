@@ -18,7 +18,7 @@ from ..train.recipe import ChatRecipe, Recipe, load_recipe
 
 @dataclass
 class Text:
-    """What is read.
+    """The text of a diagnosis.
 
     Attributes:
         settings: the source and what is read from it.
@@ -35,7 +35,7 @@ class Text:
 
 
 def choose_text(checkpoint: str | Path, data: str | None = None, extensions: list[str] | None = None) -> Text:
-    """The text to look at a checkpoint with.
+    """Choose the text to look at a checkpoint with.
 
     Args:
         data: a source. Default: what the checkpoint's recipe trained on (of a mixture, the source with the largest share), or the
@@ -79,8 +79,8 @@ def choose_text(checkpoint: str | Path, data: str | None = None, extensions: lis
 
 
 def trainings(checkpoint: str | Path) -> tuple[list[tuple[Path, Recipe | ChatRecipe]], str | None]:
-    """The recipes that a checkpoint was trained by, the last one first, with their files; and the checkpoint that the first one began
-    with, if it is not known what that was trained on."""
+    """Return the recipes that a checkpoint was trained by, the last one first, with their files; and the checkpoint that the first one
+    began with, if it is not known what that was trained on."""
     found: list[tuple[Path, Recipe | ChatRecipe]] = []
     place: str | None = str(checkpoint)
     while place is not None:
@@ -127,7 +127,14 @@ def _share_files(one: CorpusSettings, other: CorpusSettings, gone: list[str], fi
     return any(os.path.realpath(path) in trained for path in sources.files_read(one))
 
 
-def _told(history, named, talks: list[Path], gone: list[str], unknown: str | None) -> str:
+def _told(
+    history: list[tuple[Path, Recipe | ChatRecipe]],
+    named: list[tuple[Path, CorpusSettings]],
+    talks: list[Path],
+    gone: list[str],
+    unknown: str | None,
+) -> str:
+    """Say whether the text may have been trained on, and why."""
     doubts = [f"{file} names it as conversations" for file in talks] + gone
     if not history:
         doubts.append("no recipe.yaml says what the model was trained on")

@@ -26,14 +26,14 @@ def write_study_report(results: dict[str, Any], folder: str | Path | OutputFolde
     Raises:
         OutputError: the folder holds something else than a study, or cannot be written.
     """
-    drawn = {
-        "loss": ("Held-out loss against the loop count", figures.loss_against_loops(results)),
-        "curves": ("Loss while training", figures.loss_curves(results)),
-        "cost": ("Cost against the loop count", figures.cost_against_loops(results)),
-    }
     records = labelled(results["diagnoses"])
     headline, _, evidence = results["verdict"].partition(". ")
     with claimed(folder, STUDY) as out:
+        drawn = {
+            "loss": ("Held-out loss against the loop count", figures.loss_against_loops(results)),
+            "curves": ("Loss while training", figures.loss_curves(results)),
+            "cost": ("Cost against the loop count", figures.cost_against_loops(results)),
+        }
         for name, (_, figure) in drawn.items():
             _write_png(figure, f"{name}.png", out)
         page = PAGES.get_template("study.html").render(
@@ -58,8 +58,8 @@ def write_evaluation_report(summary: dict[str, Any], folder: str | Path | Output
     Raises:
         OutputError: others' files have these names, or the folder cannot be written.
     """
-    figure = figures.scores_against_loops(summary)
     with claimed(folder, EVALUATION_REPORT) as out:
+        figure = figures.scores_against_loops(summary)
         _write_png(figure, "evaluation.png", out)
         drawn = Markup(figures.svg(figure))
         out.write(
