@@ -1,5 +1,6 @@
 """The `parloop` command: one verb, one function, no logic."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import runpy
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError
+from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError, SourceError
 from .record import command_line
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
@@ -86,11 +88,12 @@ def train(
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh
-        Delete what the folder holds and start over.
+        Delete the run in the folder and start over. Refused if the folder holds anything else.
     plan
         Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
-    settings = load_recipe(recipe, **_given(overrides))
+    changes = _given(overrides)
+    settings = load_recipe(recipe, **changes)
     if plan:
         from .report.terminal import plan_tables
         from .train.plan import plan_of
@@ -101,13 +104,11 @@ def train(
     counts = settings.loop_counts or []
     folder = output or Path("runs/train", f"{Path(recipe).stem}" + ("-r" + "-".join(map(str, counts)) if counts else ""))
     if isinstance(settings, ChatRecipe):
-        from .train.finetune import finetune
-
-        result = finetune(settings, folder, fresh=fresh)
+        from .train.finetune import finetune as run
     else:
-        from .train.pretrain import train as pretrain
-
-        result = pretrain(settings, folder, fresh=fresh)
+        from .train.pretrain import train as run  # type: ignore[assignment]
+    with _naming(recipe, changes):
+        result = run(settings, folder, fresh=fresh)  # type: ignore[arg-type]
     from .train.sharding import main_process
 
     if main_process():
@@ -197,13 +198,25 @@ def study(
     recipe = Recipe.load(preset, **changes)
     folder = output or study_folder(preset, match, source)
     console = _console()
-    results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
+    with _naming(preset, changes):
+        results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
     page = write_study_report(results, folder)
     for table in study_tables(results):
         console.print(table)
     headline, _, evidence = results["verdict"].partition(". ")
     console.print(f"\n[bold]{escape(headline)}.[/] {escape(evidence)}", highlight=False)
     console.print(f"\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _naming(recipe: str, changes: dict[str, Any]) -> Iterator[None]:
+    """Say which recipe a source is of that cannot be read, unless it was given as an option."""
+    try:
+        yield
+    except SourceError as error:
+        if changes.keys() & {"source", "chat"}:
+            raise
+        raise SourceError(f"{error} (recipe {recipe!r})") from error
 
 
 def study_folder(preset: str, match: str, source: str | None) -> Path:
@@ -302,9 +315,9 @@ def diagnose(
     center_rank
         Take the effective rank of states minus their mean.
     output
-        Folder of the report. Default: runs/diagnose-NAMES.
+        Folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
     """
-    from .diagnosis.checkpoint import diagnose_checkpoint, save_results
+    from .diagnosis.checkpoint import default_folder, diagnose_checkpoint, diagnosis_folder, save_results
     from .report.page import write_diagnosis_report
     from .report.terminal import diagnosis_table
 
@@ -315,13 +328,15 @@ def diagnose(
         "data": data, "extensions": extensions, "samples": samples, "length": length, "loops": loops, "batch_size": batch_size,
         "device": device, "dtype": dtype, "center_rank": center_rank,
     }  # fmt: skip
-    records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
-    folder = output or Path("runs", "diagnose-" + "-".join(Path(checkpoint).name for checkpoint in checkpoints)[:80])
     command = command_line()
-    save_results(records, folder, command)
-    page = write_diagnosis_report(records, folder, command)
+    with diagnosis_folder(output or default_folder(checkpoints), checkpoints) as folder:
+        records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
+        save_results(records, folder, command)
+        page = write_diagnosis_report(records, folder, command)
     for record in records:
         console.print(diagnosis_table(record))
+        told = f"{record['settings']['data']}: trained on this text? {record['settings']['trained_on_this_text']}."
+        console.print(told, highlight=False, markup=False)
         verdict = record["verdict"]
         console.print(f"[bold]{escape(verdict['headline'])}[/] {escape(verdict['sureness'])}\n", highlight=False)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
@@ -455,7 +470,7 @@ def bench(
         Measure again what the folder holds.
     """
     from .bench.bench import default_folder, run_bench
-    from .report.figures import bench_figure, save_png
+    from .report.page import write_bench_figure
     from .report.terminal import bench_legend, bench_tables
 
     console = _console()
@@ -478,13 +493,11 @@ def bench(
         console=console,
     )
     folder = output or default_folder(checkpoint, shape)
-    save_png(bench_figure(results), folder / "bench.png")
+    figure = write_bench_figure(results, folder)
     for table in bench_tables(results):
         console.print(table)
     console.print(bench_legend(results), highlight=False)
-    console.print(
-        f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"\nresults: {folder / 'results.json'}, {figure}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command
@@ -621,7 +634,8 @@ def evaluate(
         Tables and a plot of results, with intervals, tests and the paper's numbers; also written into --output, as report.html,
         evaluation.png and evaluation.json.
     fresh
-        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over.
+        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over. Refused if there
+        is anything else.
     """
     import shlex
 

@@ -9,6 +9,10 @@ class SourceError(ParloopError, ValueError):
     """A source that cannot be read at all."""
 
 
+class OutputError(ParloopError, RuntimeError):
+    """A folder or file that cannot be written: it is another's, something is in the way, or the disk fails."""
+
+
 class RecipeError(ParloopError, ValueError):
     """A recipe that cannot be run."""
 

@@ -53,7 +53,7 @@ class Server:
             str(port),
         ]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as output:
+        with self.log.open("a", encoding="utf-8") as output:
             self.process = subprocess.Popen([*command, *self.options], stdout=output, stderr=output, start_new_session=True)
         deadline = time.time() + START_SECONDS
         while time.time() < deadline:
@@ -123,4 +123,4 @@ def server_version(url: str) -> str:
 
 
 def _tail(log: Path, lines: int = 8) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:])
