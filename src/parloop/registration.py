@@ -52,10 +52,12 @@ def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
     from .model.configuration import GATE, GATE_ALIASES, PLTConfig
-    from .model.modeling import PLTForCausalLM, PLTModel
+    from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
 
     modeling_auto.AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
     modeling_auto.AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
+    modeling_auto.AutoModelForSequenceClassification.register(PLTConfig, PLTForSequenceClassification, exist_ok=True)
+    modeling_auto.AutoModelForTokenClassification.register(PLTConfig, PLTForTokenClassification, exist_ok=True)
     # Some checkpoints call the gate by another name. They are saved again under the name they were read with.
     register_checkpoint_conversion_mapping(
         PLTConfig.model_type,

@@ -40,7 +40,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import slice_logits_to_keep
@@ -500,3 +504,11 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             loop_states=outputs.loop_states,
             loop_logits=loop_logits,
         )
+
+
+class PLTForSequenceClassification(GenericForSequenceClassification, PLTPreTrainedModel):
+    """transformers' head on loop R's state of a text's last token: a score per label. With `num_labels=1`, a reward model."""
+
+
+class PLTForTokenClassification(GenericForTokenClassification, PLTPreTrainedModel):
+    """transformers' head on loop R's state of every token: a score per token and label."""
