@@ -71,8 +71,28 @@ def _register_imported_models() -> None:
         _register_models()
 
 
+def _register_adapters() -> None:
+    """PEFT looks up by the model's type which layers a method changes if it is not told, and what cache a learnt prefix is."""
+    from peft.utils import constants
+
+    from .model.configuration import PLTConfig
+
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and "llama" in targets:  # a PLT has Llama's layers
+            targets.setdefault(PLTConfig.model_type, targets["llama"])
+    caches: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    caches[PLTConfig.model_type] = _prefix_cache
+
+
+def _prefix_cache(keys_and_values: Any) -> Any:
+    from .model.cache import PrefixCache
+
+    return PrefixCache(keys_and_values)
+
+
 AFTER: dict[str, Callable[[], None]] = {
     "parloop.model.modeling": _register_imported_models,
+    "peft.utils.constants": _register_adapters,
     "transformers.models.auto.configuration_auto": _register_configuration,
     "transformers.models.auto.modeling_auto": _register_models,
 }
