@@ -157,14 +157,17 @@ def test_a_prefix_cache_that_was_filled_keeps_its_loop_count():
         model(random_ids(1, 4), past_key_values=cache)
 
 
-def test_prefixes_are_not_generated_for_at_the_end_only():
-    """The tail of a prompt is counted without a prefix, so it is left alone: the same tokens as by whole texts."""
-    model = tiny_model(plt_num_loops=2, plt_window_size=[2, 0])
-    ids, prefix = random_ids(1, 40), learnt_prefix(model, 1)
+@pytest.mark.parametrize("tokens", [3, 8, 40])
+def test_the_last_logits_after_a_prefix_are_those_of_the_whole_text(tokens):
+    """Where loops 2..R could run on a prompt's tail, they must not take the prefix for a text before it."""
+    model = tiny_model(plt_num_loops=2)
+    ids, prefix = random_ids(1, tokens), learnt_prefix(model, 1)
+    cache = PrefixCache(prefix)
     with torch.no_grad():
-        whole = model(ids, past_key_values=PrefixCache(prefix)).logits[:, -1:]
-        last = model(ids, past_key_values=PrefixCache(prefix), logits_to_keep=1).logits
-    torch.testing.assert_close(last, whole, atol=1e-10, rtol=0)
+        whole = model(ids, past_key_values=PrefixCache(prefix)).logits
+        last = model(ids[:, :-1], past_key_values=cache, logits_to_keep=1).logits
+        step = model(ids[:, -1:], past_key_values=cache, logits_to_keep=1).logits
+    torch.testing.assert_close(torch.cat([last, step], dim=1), whole[:, -2:], atol=1e-10, rtol=0)
 
 
 def test_a_plain_cache_of_other_loops_is_still_refused():

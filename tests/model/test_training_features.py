@@ -8,6 +8,8 @@ from conftest import random_ids, tiny_model
 from test_llama import llama_config
 from transformers import LlamaForCausalLM
 
+from parloop.model.cache import PrefixCache
+
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_gradcheck(offset):
@@ -135,6 +137,20 @@ def test_loops_are_not_recomputed_where_nothing_is_learnt():
     model.model.checkpoint_loops = True
     assert torch.equal(model(random_ids(1, 9)).logits, expected)
     model.generate(random_ids(1, 9), max_new_tokens=3)
+
+
+def test_loops_are_not_recomputed_where_a_cache_is_written():
+    """It would be written twice. Through the cache, a learnt prefix gets the gradient that it gets without recomputation."""
+    gradients = []
+    for recomputed in (False, True):
+        model = tiny_model(plt_num_loops=2).train()
+        model.model.checkpoint_loops = recomputed
+        keys = torch.ones(2, 1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+        cache = PrefixCache([(keys[layer], keys[layer] * 2) for layer in range(2)])
+        model(random_ids(1, 9), labels=random_ids(1, 9), past_key_values=cache).loss.backward()
+        gradients.append(keys.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_masks_are_laid_out_once():

@@ -1,6 +1,11 @@
 """TRL's trainers on a PLT: by path and by object, all weights and adapters, and as docs/trl.md has it."""
 
 import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +14,10 @@ from datasets import Dataset
 from test_chat import chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from parloop import PLTForCausalLM
+from parloop import PLTForCausalLM, cli
 from parloop.model.modeling import PLTForSequenceClassification
 
+PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 trl = pytest.importorskip("trl")
 
 ASKED = [{"role": "user", "content": "hello"}]
@@ -122,3 +128,47 @@ def test_a_reward_model_rewards_by_path(base, tmp_path):
     assert type(trainer.reward_funcs[0]) is PLTForSequenceClassification
     trainer.train()
     assert trainer.state.log_history[0]["reward_std"] > 0
+
+
+def test_the_page_runs_as_it_stands(base, tmp_path, monkeypatch, capfd):
+    """Its files are written, and its commands run one after the other, only for two steps and on the CPU."""
+    checkpoint = tmp_path / "runs/study-quick/r2-seed0"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+    commands = []
+    for language, text in blocks:
+        if language == "python":
+            (tmp_path / text.split()[1]).write_text(text)
+            continue
+        for command in text.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(command)
+            commands.append(arguments)
+            if program == "python":
+                runpy.run_path(arguments[0], run_name="__main__")
+                continue
+            assert program == "parloop"
+            if arguments[0] == "run":
+                arguments += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu", "--report_to", "none"]
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            with pytest.raises(SystemExit) as done:
+                cli.main()
+            assert not done.value.code, command
+    assert [arguments[2] for arguments in commands if arguments[0] == "run"] == [
+        f"trl.scripts.{x}" for x in ("sft", "dpo", "grpo")
+    ]
+
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / x).state_dict() for x in ("sft", "dpo")]
+    assert any(not torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values()))
+    assert json.loads((tmp_path / "runs/grpo/config.json").read_text())["plt_num_loops"] == 2
+    shown = capfd.readouterr()
+    assert "rewards/parses/mean" in shown.out
+    assert "not a prefix" not in shown.err  # TRL's words for a prompt that ends within a token
+    rewards = sys.modules.pop("rewards")
+    assert rewards.parses(["def f(x):"] * 3, ["\n    return (x)\n", "\n    return (x\n", "\n    return x"]) == [1.0, 0.0, 0.0]
+    pairs = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
+    prompts = [pair["prompt"] for pair in pairs]
+    assert set(rewards.parses(prompts, [pair["chosen"] for pair in pairs])) == {1.0}
+    assert sum(rewards.parses(prompts, [pair["rejected"] for pair in pairs])) < len(pairs) / 10
