@@ -167,7 +167,8 @@ def test_the_page_runs_as_it_stands(base, tmp_path, monkeypatch, capfd):
     assert "rewards/parses/mean" in shown.out
     assert "not a prefix" not in shown.err  # TRL's words for a prompt that ends within a token
     rewards = sys.modules.pop("rewards")
-    assert rewards.parses(["def f(x):"] * 3, ["\n    return (x)\n", "\n    return (x\n", "\n    return x"]) == [1.0, 0.0, 0.0]
+    texts = ["\n    return (x)\n", "\n    return (x\n", "\n    return x"]  # right, wrong, not a whole line
+    assert rewards.parses(["def f(x):"] * 3, texts) == [1.0, 0.0, 0.0]
     pairs = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
     prompts = [pair["prompt"] for pair in pairs]
     assert set(rewards.parses(prompts, [pair["chosen"] for pair in pairs])) == {1.0}
