@@ -52,10 +52,12 @@ def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
     from .model.configuration import GATE, GATE_ALIASES, PLTConfig
-    from .model.modeling import PLTForCausalLM, PLTModel
+    from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
 
     modeling_auto.AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
     modeling_auto.AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
+    modeling_auto.AutoModelForSequenceClassification.register(PLTConfig, PLTForSequenceClassification, exist_ok=True)
+    modeling_auto.AutoModelForTokenClassification.register(PLTConfig, PLTForTokenClassification, exist_ok=True)
     # Some checkpoints call the gate by another name. They are saved again under the name they were read with.
     register_checkpoint_conversion_mapping(
         PLTConfig.model_type,
@@ -75,9 +77,29 @@ def _register_with_mlx_lm() -> None:
     register()
 
 
+def _register_adapters() -> None:
+    """PEFT looks up by the model's type which layers a method changes if it is not told, and what cache a learnt prefix is."""
+    from peft.utils import constants
+
+    from .model.configuration import PLTConfig
+
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and "llama" in targets:  # a PLT has Llama's layers
+            targets.setdefault(PLTConfig.model_type, targets["llama"])
+    caches: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    caches[PLTConfig.model_type] = _prefix_cache
+
+
+def _prefix_cache(keys_and_values: Any) -> Any:
+    from .model.cache import PrefixCache
+
+    return PrefixCache(keys_and_values)
+
+
 AFTER: dict[str, Callable[[], None]] = {
     "mlx_lm": _register_with_mlx_lm,
     "parloop.model.modeling": _register_imported_models,
+    "peft.utils.constants": _register_adapters,
     "transformers.models.auto.configuration_auto": _register_configuration,
     "transformers.models.auto.modeling_auto": _register_models,
 }

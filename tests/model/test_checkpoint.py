@@ -90,6 +90,41 @@ def test_loads_by_name_and_wins_over_auto_map(tmp_path, trust_remote_code):
     assert type(AutoModel.from_pretrained(source, **options)) is PLTModel
 
 
+def test_a_configuration_has_an_auto_map_for_those_who_read_it(tmp_path):
+    """TRL and others read it of every model that transformers does not bring itself. Empty, it is not written."""
+    from trl.trainer.utils import create_model_from_path
+
+    model = tiny_model(dtype=torch.float32)
+    assert model.config.auto_map == {}
+    model.save_pretrained(tmp_path / "new")
+    assert "auto_map" not in json.loads((tmp_path / "new/config.json").read_text())
+
+    loaded = create_model_from_path(str(tmp_path / "new"))
+    assert type(loaded) is PLTForCausalLM
+    assert loaded.config.auto_map == {}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "new/config.json").read_text()
+    read, asked = (AutoConfig.from_pretrained(tmp_path / "new") for _ in range(2))
+    assert asked.auto_map == {}
+    assert asked == read
+
+
+def test_an_auto_map_that_a_file_or_a_user_gave_is_kept(tmp_path):
+    """Each configuration has its own: what one is given, another does not get."""
+    given = {"AutoModelForCausalLM": "modeling.Model"}
+    source = copy_case(CASES[0], tmp_path, auto_map=given)
+    config = AutoConfig.from_pretrained(source)
+    assert config.auto_map == given
+    config.save_pretrained(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept/config.json").read_text())["auto_map"] == given
+
+    config = tiny_config()
+    config.auto_map["AutoConfig"] = "configuration.Config"  # as register_for_auto_class() does when a model is saved
+    assert tiny_config().auto_map == {}
+    config.save_pretrained(tmp_path / "given")
+    assert json.loads((tmp_path / "given/config.json").read_text())["auto_map"] == {"AutoConfig": "configuration.Config"}
+
+
 ORDERS = {  # of imports, and what is there at once
     "transformers first": "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM; import parloop",
     "parloop first": "import parloop; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",

@@ -8,6 +8,8 @@ from conftest import random_ids, tiny_model
 from test_llama import llama_config
 from transformers import LlamaForCausalLM
 
+from parloop.model.cache import PrefixCache
+
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_gradcheck(offset):
@@ -83,12 +85,72 @@ def test_loops_are_recomputed_whole(layers):
     assert other_held < held / 3
 
 
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+CHECKPOINTED = [(1, True, False), (2, False, False), (2, True, True), (3, None, False)]
+
+
+@pytest.mark.parametrize(("R", "use_reentrant", "static_graph"), CHECKPOINTED)
+def test_checkpointing_in_distributed_data_parallel(R, use_reentrant, static_graph, one_process_group):
+    """All that works there gives the gradients of a plain model, two steps in a row."""
+    ids = random_ids(2, 20)
+    plain = tiny_model(plt_num_loops=R).train()
+    plain(ids, labels=ids).loss.backward()
+    model = tiny_model(plt_num_loops=R).train()
+    model.activation_checkpointing_enable(None if use_reentrant is None else {"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=static_graph)
+    for _ in range(2):
+        parallel.zero_grad()
+        parallel(ids, labels=ids).loss.backward()
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).grad, p.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_reentrant_checkpointing_of_loops_in_distributed_data_parallel_is_refused(adapters, one_process_group):
+    """DistributedDataParallel would fail in the backward pass, in terms of its own. Outside of it, and in evaluation, all is well."""
+    from peft import LoraConfig, get_peft_model
+
+    ids = random_ids(2, 20)
+    model = tiny_model(plt_num_loops=2).train()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match=r"a gradient per loop, 2 here.*'use_reentrant': False"):
+        parallel(input_ids=ids, labels=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    parallel.eval()
+    parallel(input_ids=ids, labels=ids)
+
+
 def test_loops_are_not_recomputed_where_nothing_is_learnt():
     model = tiny_model(plt_num_loops=2)
     expected = model(random_ids(1, 9)).logits
     model.model.checkpoint_loops = True
     assert torch.equal(model(random_ids(1, 9)).logits, expected)
     model.generate(random_ids(1, 9), max_new_tokens=3)
+
+
+def test_loops_are_not_recomputed_where_a_cache_is_written():
+    """It would be written twice. Through the cache, a learnt prefix gets the gradient that it gets without recomputation."""
+    gradients = []
+    for recomputed in (False, True):
+        model = tiny_model(plt_num_loops=2).train()
+        model.model.checkpoint_loops = recomputed
+        keys = torch.ones(2, 1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+        cache = PrefixCache([(keys[layer], keys[layer] * 2) for layer in range(2)])
+        model(random_ids(1, 9), labels=random_ids(1, 9), past_key_values=cache).loss.backward()
+        gradients.append(keys.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_masks_are_laid_out_once():

@@ -12,6 +12,7 @@ Only loop 1's keys and values grow with the text (PLT paper, section 3: the shar
 Axes: B sequences, N new tokens, S keys (cached and new), G key/value heads, K head size.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,20 @@ def carry_index(config: PLTConfig, num_loops: int, loop: int) -> int:
 def carries(config: PLTConfig, num_loops: int) -> int:
     """How many carries a cache has."""
     return num_loops - 1 if config.plt_offset > 0 else 0
+
+
+class PrefixCache(DynamicCache):
+    """A cache that begins with keys and values which were learnt, as PEFT's prefix tuning does. Loop 1 holds them, so every loop
+    attends to them globally. They have no states: windows and carries begin with the text."""
+
+    def __init__(self, keys_and_values: Iterable[tuple[torch.Tensor, torch.Tensor]]):
+        super().__init__(keys_and_values)
+        self.prefix_tokens = self.get_seq_length()
+
+
+def prefix_tokens(cache: Any) -> int:
+    """How many tokens at a cache's beginning only loop 1 holds."""
+    return cache.prefix_tokens if isinstance(cache, PrefixCache) else 0
 
 
 def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: int | None = None) -> Cache:
@@ -87,7 +102,7 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
                 cache.layers[index] = fresh = CarryLayer()
                 fresh.record_past = carry.record_past
         return cache
-    if cache.get_seq_length() > 0:
+    if cache.get_seq_length() > prefix_tokens(cache):
         loops = cached_loops(cache, config)
         made_for = f"was filled with num_loops={loops}" if loops else f"has {len(cache.layers)} layers"
         raise ValueError(

@@ -5,7 +5,9 @@ the released checkpoint loads, and what is saved here loads elsewhere. Absent is
 `plt_emb_scale` means 1.0 (not 0.707), one without `plt_gate_use_hidden_states` means the query gate.
 """
 
+import re
 from copy import deepcopy
+from functools import cached_property
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ NOT_RELEASED = {
     "plt_trained_loops": None,
     "plt_offset": 1,
 }  # fields that released files do not have, and what they are there
-ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
+ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here; classifiers' follow it
 GATE, GATE_ALIASES = "plt_gate", ("loop_gate_proj",)  # the released name of a layer's gate, and others that checkpoints use
 # Fields by which stock caches decide that a layer forgets tokens, or shares another one's. A PLT's loops read all of loop 1's.
 WINDOWED = ("sliding_window", "attention_chunk_size", "kv_sharing_modes")
@@ -149,6 +151,17 @@ class PLTConfig(PreTrainedConfig):
         return self.plt_window_size[0]
 
     @property
+    def visited_layers(self) -> int:
+        """L * R: how often a layer is run in a pass, by which `output_hidden_states` counts."""
+        return self.num_hidden_layers * self.plt_num_loops
+
+    @cached_property
+    def auto_map(self) -> dict[str, str]:
+        """Where a repository's own code is: nowhere, unless its file says so. TRL and others read this of every model that
+        transformers does not bring itself."""
+        return {}
+
+    @property
     def trained_loops(self) -> list[int]:
         """The loop counts that the model was trained at."""
         return list(self.plt_trained_loops or [self.plt_num_loops])
@@ -253,6 +266,8 @@ class PLTConfig(PreTrainedConfig):
         output = super().to_dict()
         for name in PRIVATE:
             output.pop(name, None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -282,5 +297,5 @@ class PLTConfig(PreTrainedConfig):
             if form.get(name) == absent:
                 form.pop(name, None)
         if self.architectures is not None:
-            form["architectures"] = [ARCHITECTURE if name == "PLTForCausalLM" else name for name in self.architectures]
+            form["architectures"] = [re.sub("^PLTFor", "IQuestPLTCoderFor", name) for name in self.architectures]
         return form

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .backends import BANDED
-from .cache import window_index
+from .cache import prefix_tokens, window_index
 from .configuration import PLTConfig
 from .window import band_mask
 
@@ -75,7 +75,7 @@ def check_inputs(
     if attention_mask is not None and not (T == 1 and getattr(past_key_values, "is_left_padded", False)):
         is_padded = not bool(attention_mask.all())
         if is_padded and num_loops > 1:
-            _refuse_padding_inside(attention_mask)
+            _refuse_padding_inside(attention_mask[:, prefix_tokens(past_key_values) :])
         if past_key_values is not None:
             past_key_values.is_left_padded = is_padded and bool(attention_mask[:, -1].all())  # type: ignore[attr-defined]
         if not is_padded and not is_static:
@@ -176,6 +176,7 @@ def plt_masks(
         masks["window"] = _as_bias(band_mask(B, T, w, held, real, document_BT, device), inputs_embeds, backend)
     else:
         view: Any = WindowView(config)
+        shared["attention_mask"] = None if real_BS is None else real_BS[:, prefix_tokens(past_key_values) :]
         masks["window"] = create_sliding_window_causal_mask(view, layer_idx=first_window, **shared)
     return masks
 

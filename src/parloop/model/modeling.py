@@ -36,18 +36,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, selected_hidden_states
 
 from .backends import attend, attend_rows
 from .cache import extend_cache, full_index, make_cache, remember, tokens_held, window_index
@@ -251,7 +256,10 @@ class PLTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": PLTDecoderLayer, "attentions": PLTAttention}
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(PLTDecoderLayer, num_hidden_layers_key="visited_layers"),
+        "attentions": PLTAttention,
+    }
 
     def __init__(self, config: PLTConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -316,10 +324,20 @@ class PLTModel(PLTPreTrainedModel):
                 is not computed. None: all.
             prompt_tokens: if this call is a chunk of a prompt, the tokens of the whole prompt, cached ones included: it is
                 the prompt's last states that are needed. All chunks of a prompt must be called alike.
+            output_hidden_states: return `hidden_states`, 1 + L * R tensors [B, T, D] in the order of computation: E, and the
+                output of every layer, loop after loop. Entry (r - 1) * L + n is layer n's of loop r, before the final norm; but
+                the last entry is h_R, after it. (Inputs of loops 2..R are not among them; states after the norm are
+                `loop_states`.) Given numbers of entries, negative ones from the end, the others are None.
+            output_attentions: return `attentions`, L * R tensors [B, H, T, S] in the same order. Of a later loop it is the
+                mixture of its global and its local weights. Needs attn_implementation="eager".
+
+        Raises:
+            ValueError: inputs that contradict each other or the cache; reentrant checkpointing of loops in DistributedDataParallel.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         num_loops = self._loop_count(num_loops)
+        self._check_call(num_loops, kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", None)))
         e_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T, cache = e_BTD.shape[1], past_key_values
 
@@ -368,7 +386,7 @@ class PLTModel(PLTPreTrainedModel):
         """h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
         masks, cache = call["masks"], call["past_key_values"]
         visit: Any = self._stack
-        if self.checkpoint_loops and self.training:
+        if self.checkpoint_loops and self.training and cache is None:
             visit = partial(checkpoint, self._stack, use_reentrant=False)
         elif keep is not None:
             visit = Tail(self.config, self.layers, self._stack, keep, e_BTD.shape[1], num_loops, cache)
@@ -409,6 +427,23 @@ class PLTModel(PLTPreTrainedModel):
     def _after_loop(self, x: torch.Tensor, loop: int, num_loops: int) -> torch.Tensor:
         """The same final norm after every loop; with plt_normalize_per_loop false, after the last one only."""
         return self.norm(x) if self.config.plt_normalize_per_loop or loop == num_loops - 1 else x
+
+    def _check_call(self, num_loops: int, output_hidden_states: bool | int | list[int] | None) -> None:
+        if num_loops != self.config.plt_num_loops and selected_hidden_states(output_hidden_states) is not None:
+            raise ValueError(
+                f"output_hidden_states={output_hidden_states!r} counts what {self.config.plt_num_loops} loops return, and this call "
+                f"has num_loops={num_loops}: pass output_hidden_states=True, and choose from what is returned."
+            )
+        if num_loops == 1 or not (self.training and self.gradient_checkpointing):
+            return
+        if not getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            return
+        parallel = DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None and not parallel.static_graph:
+            raise ValueError(
+                f"Reentrant checkpointing gives every weight a gradient per loop, {num_loops} here, and DistributedDataParallel takes "
+                f"one: pass activation_checkpointing_kwargs={{'use_reentrant': False}} (TRL: gradient_checkpointing_kwargs)."
+            )
 
     def _loop_count(self, num_loops: int | None) -> int:
         if num_loops is None:
@@ -500,3 +535,11 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             loop_states=outputs.loop_states,
             loop_logits=loop_logits,
         )
+
+
+class PLTForSequenceClassification(GenericForSequenceClassification, PLTPreTrainedModel):
+    """transformers' head on loop R's state of a text's last token: a score per label. With `num_labels=1`, a reward model."""
+
+
+class PLTForTokenClassification(GenericForTokenClassification, PLTPreTrainedModel):
+    """transformers' head on loop R's state of every token: a score per token and label."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
-from .cache import is_recording_past, window_index
+from .cache import is_recording_past, prefix_tokens, window_index
 from .configuration import PLTConfig
 from .masks import Masks, plt_masks
 
@@ -39,8 +39,8 @@ def states_needed(
     prompt_tokens: int,
 ) -> int | None:
     """How many of loop R's last states of this call are needed; zero or less: those that are needed come later in the prompt.
-    None: all of them, where gradients may be wanted, without a cache, for a cache that will be cropped (assisted decoding), and
-    for what is compiled for every shape (torch.compile, flex_attention).
+    None: all of them, where gradients may be wanted, without a cache, for a cache that will be cropped (assisted decoding) or begins
+    with a learnt prefix, and for what is compiled for every shape (torch.compile, flex_attention).
 
     Args:
         tokens: T.
@@ -51,7 +51,7 @@ def states_needed(
         return None
     if torch.compiler.is_compiling() or config._attn_implementation == "flex_attention":
         return None
-    if is_recording_past(cache, config):
+    if is_recording_past(cache, config) or prefix_tokens(cache):
         return None
     still_to_come = prompt_tokens - int(cache.get_seq_length()) - tokens if prompt_tokens else 0
     return states_to_keep - max(0, still_to_come)
