@@ -15,7 +15,8 @@ from ..convert import dense_config
 from ..errors import BenchError
 from ..generate import load_config, load_model
 from ..model.configuration import PLTConfig
-from ..model.modeling import PLTForCausalLM, PLTRotaryEmbedding
+from ..model.modeling import PLTForCausalLM
+from ..model.rotary import PLTRotaryEmbedding
 from ..model.shapes import SHAPES, SHARED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

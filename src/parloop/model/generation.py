@@ -6,8 +6,9 @@ from transformers.generation import GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
 
 from .cache import cached_loops, extend_cache
+from .call import check_inputs
 from .configuration import loop_count
-from .masks import check_inputs, plt_masks
+from .masks import plt_masks
 
 
 class PLTGenerationMixin(GenerationMixin):

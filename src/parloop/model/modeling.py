@@ -20,7 +20,8 @@ The equations and the three ways are here; beside them
     offset.py      b_r: how a loop reads the loop before it        masks.py       who sees whom
     backends.py    how attention is called                        window.py      the window as bands
     cache.py       what is kept for later tokens                  tail.py        what later loops of a prompt need
-    generation.py  what generate() has to know                    reference.py   the same equations with nothing else
+    call.py        what a call may ask for                        generation.py  what generate() has to know
+    rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
 
 Axes, as suffixes of tensor names:
     B sequences    T tokens of this call    S keys (cached and new)    D hidden size    R loops
@@ -28,7 +29,6 @@ Axes, as suffixes of tensor names:
 Loops are numbered 1..R in prose and plots, from 0 in code.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -47,19 +46,20 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs, selected_hidden_states
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends import attend, attend_rows
 from .cache import extend_cache, full_index, make_cache, remember, tokens_held, window_index
-from .configuration import PLTConfig, loop_count
+from .call import check_call, check_inputs, chosen_loops
+from .configuration import PLTConfig
 from .generation import PLTGenerationMixin
-from .masks import Masks, check_inputs, plt_masks
+from .masks import Masks, plt_masks
 from .offset import Offset
+from .rotary import PLTRotaryEmbedding
 from .tail import Tail, states_needed
 from .window import attend_window, dense_weights
 
@@ -77,28 +77,6 @@ class PLTCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     loop_states: tuple[torch.Tensor, ...] | None = None
     loop_logits: tuple[torch.Tensor, ...] | None = None
-
-
-class PLTRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE with every scaling rule of transformers; angles are computed in float32 or better."""
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x, position_ids):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        freqs = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)  # [B, T, K/2]
-        angles = torch.cat((freqs, freqs), dim=-1)  # [B, T, K]
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        # Note: model.to(torch.bfloat16) casts buffers too, and frequencies of 8 bits turn far positions into noise
-        # (logits drift with the length of the text). Device moves pass through, the frequencies stay as they are.
-        exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            if not buffer.is_meta:
-                setattr(self, name, buffer.to(device=getattr(self, name).device))
-        return self
 
 
 class PLTGate(nn.Module):
@@ -336,8 +314,8 @@ class PLTModel(PLTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        num_loops = self._loop_count(num_loops)
-        self._check_call(num_loops, kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", None)))
+        num_loops = chosen_loops(self, num_loops)
+        check_call(self, num_loops, kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", None)))
         e_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T, cache = e_BTD.shape[1], past_key_values
 
@@ -427,36 +405,6 @@ class PLTModel(PLTPreTrainedModel):
     def _after_loop(self, x: torch.Tensor, loop: int, num_loops: int) -> torch.Tensor:
         """The same final norm after every loop; with plt_normalize_per_loop false, after the last one only."""
         return self.norm(x) if self.config.plt_normalize_per_loop or loop == num_loops - 1 else x
-
-    def _check_call(self, num_loops: int, output_hidden_states: bool | int | list[int] | None) -> None:
-        if num_loops != self.config.plt_num_loops and selected_hidden_states(output_hidden_states) is not None:
-            raise ValueError(
-                f"output_hidden_states={output_hidden_states!r} counts what {self.config.plt_num_loops} loops return, and this call "
-                f"has num_loops={num_loops}: pass output_hidden_states=True, and choose from what is returned."
-            )
-        if num_loops == 1 or not (self.training and self.gradient_checkpointing):
-            return
-        if not getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            return
-        parallel = DistributedDataParallel._get_active_ddp_module()
-        if parallel is not None and not parallel.static_graph:
-            raise ValueError(
-                f"Reentrant checkpointing gives every weight a gradient per loop, {num_loops} here, and DistributedDataParallel takes "
-                f"one: pass activation_checkpointing_kwargs={{'use_reentrant': False}} (TRL: gradient_checkpointing_kwargs)."
-            )
-
-    def _loop_count(self, num_loops: int | None) -> int:
-        if num_loops is None:
-            return self.config.plt_num_loops
-        num_loops, trained = loop_count(num_loops), self.config.trained_loops
-        usual = num_loops == self.config.plt_num_loops or num_loops in trained or num_loops in self.warned_loops
-        if not usual and not torch.compiler.is_compiling():
-            self.warned_loops.add(num_loops)
-            warnings.warn(
-                f"num_loops={num_loops}, but this model was trained with {' and '.join(map(str, trained))}: expect worse text.",
-                stacklevel=2,
-            )
-        return num_loops
 
 
 class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
