@@ -1,8 +1,12 @@
 """Gradients, gradient checkpointing, LoRA: what a trainer relies on."""
 
+import copy
+
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from test_llama import llama_config
+from transformers import LlamaForCausalLM
 
 
 def test_gradcheck():
@@ -110,6 +114,39 @@ def test_masks_are_laid_out_once():
 def test_training_mode_keeps_no_cache():
     model = tiny_model().train()
     assert model(random_ids(1, 4)).past_key_values is None
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("w", [0, 4, 40])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_dropout_reaches_every_attention(R, w, attn):
+    """Where all weights are dropped, global and local ones, a layer's attention gives nothing; without training, all of it."""
+    model = tiny_model(attn=attn, attention_dropout=1.0, plt_num_loops=R, plt_window_size=[w, 0])
+    plain = tiny_model(attn=attn, plt_num_loops=R, plt_window_size=[w, 0])
+    with torch.no_grad():
+        for T in (1, 50):
+            ids = random_ids(2, T)
+            attended = plain(ids).logits
+            torch.testing.assert_close(model.eval()(ids).logits, attended, atol=1e-12, rtol=0)
+            dropped = model.train()(ids).logits
+            blind = copy.deepcopy(plain)
+            for layer in blind.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+            torch.testing.assert_close(dropped, blind(ids).logits, atol=1e-12, rtol=0)
+            assert (dropped - attended).abs().max() > 0.1
+
+
+def test_dropout_of_one_loop_is_llamas():
+    """The same weights are dropped for the same seed, and what is left is scaled alike."""
+    model = tiny_model(attn="eager", dtype=torch.float32, attention_dropout=0.3, plt_num_loops=1).train()
+    llama = LlamaForCausalLM(llama_config(model.config)).train()
+    llama.load_state_dict(model.state_dict())
+    llama.set_attn_implementation("eager")
+    logits = []
+    for either in (model, llama):
+        torch.manual_seed(1)
+        logits.append(either(random_ids(2, 20)).logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
 def test_lora_trains_saves_and_merges(tmp_path):

@@ -245,8 +245,10 @@ class PLTAttention(nn.Module):
     def _window(self, q, k, v, loop, masks, cache, **kwargs):
         """Attention of T tokens over their own loop's window, [B, T, H, K]."""
         B, T, w = q.shape[0], q.shape[2], self.config.window_tokens
-        if w == 0:
-            return repeat_kv(v, self.num_key_value_groups).transpose(1, 2), None
+        if w == 0:  # the token itself, with a weight of 1
+            own_BTHK = repeat_kv(v, self.num_key_value_groups).transpose(1, 2)
+            weight_BTH1 = F.dropout(own_BTHK.new_ones(*own_BTHK.shape[:3], 1), self.config.attention_dropout, self.training)
+            return weight_BTH1 * own_BTHK, None
         held = 0 if cache is None else min(cache.get_seq_length(window_index(self.config, loop, self.layer_idx)), w)
         k, v = self._recall(cache, k, v, loop)
         if T == 1 or self.config._attn_implementation not in BANDED:
