@@ -112,8 +112,27 @@ def test_shares_add_up_and_nothing_is_shared_evenly():
 
 
 def test_every_lens_says_what_it_is():
+    assert {name: (lens.unit, lens.first_loop) for name, lens in LENSES.items()} == {
+        "step_size": ("length", 1),
+        "angular_change": ("cosine", 2),
+        "effective_rank": ("directions", 1),
+        "fixed_point_gap": ("length", 1),
+        "offset_cost": ("length", 2),
+        "attention_entropy": ("nats", 1),
+        "attention_kl": ("nats", 2),
+        "head_diversity": ("heads", 1),
+        "head_similarity": ("cosine", 1),
+        "gate": ("share", 2),
+        "token_rank": ("rank", 1),
+        "output_shift": ("nats", 2),
+        "output_entropy": ("nats", 1),
+        "loss": ("nats per token", 1),
+        "share_output_shift": ("share", 2),
+        "share_attention_kl": ("share", 2),
+        "share_tokens": ("share", 2),
+    }
     for lens in LENSES.values():
-        assert lens.title
-        assert lens.unit
-        assert lens.definition
-        assert lens.reads_as
+        assert len({lens.title, lens.definition, lens.reads_as}) == 3
+        assert all((lens.title, lens.definition, lens.reads_as))
+        with pytest.raises(AttributeError):  # one table for everybody
+            lens.first_loop = 1
