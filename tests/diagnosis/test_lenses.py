@@ -25,6 +25,36 @@ def t(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def log_p(*shape):
+    """Random distributions over the last axis, as logarithms, a tenth of the outcomes impossible."""
+    logits = torch.randn(shape, dtype=torch.float64)
+    return logits.masked_fill(torch.rand(shape) < 0.1, -torch.inf).log_softmax(-1)
+
+
+BATCHES = {  # what a lens reads: two samples of three
+    step_size: (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)),
+    angular_change: (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)),
+    offset_cost: (torch.randn(2, 3, 5, 7),),
+    entropy: (log_p(2, 3, 5, 7),),
+    kl: (log_p(2, 3, 5, 7), torch.randn(2, 3, 5, 7).log_softmax(-1)),
+    gated_mixture: (log_p(2, 3, 5, 7), log_p(2, 3, 5, 7), torch.rand(2, 3, 5, 1)),
+    lambda a: head_relations(a)[0]: (torch.rand(2, 3, 5, 7),),
+    lambda a: head_relations(a)[1]: (torch.rand(2, 3, 5, 7),),
+    mean_off_diagonal: (torch.rand(2, 3, 5, 5),),
+    token_rank: (torch.randn(2, 3, 5, 7), torch.randint(7, (2, 3, 5))),
+    shares: (torch.rand(2, 3, 5) / 10,),
+}
+
+
+@pytest.mark.parametrize("lens", BATCHES)
+def test_a_batch_is_its_members(lens):
+    """Every axis in front counts samples: none is summed over, none is taken for another."""
+    batch = BATCHES[lens]
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(lens(*batch)[i, j], lens(*(x[i, j] for x in batch)))
+
+
 def test_step_size_is_a_length():
     assert step_size(t([3.0, 4.0], [1.0, 1.0]), t([0.0, 0.0], [1.0, 0.0])).tolist() == [5, 1]
 
@@ -36,6 +66,20 @@ def test_step_size_is_a_length():
 def test_angular_change(third, expected):
     first, second = t(0.0, 0.0), t(1.0, 1.0)
     assert angular_change(t(*third), second, first).item() == pytest.approx(expected)
+
+
+def test_angular_change_from_anywhere():
+    """Three states that are not at the origin: steps of (1, 0) and (1, 1)."""
+    assert angular_change(t(7.0, -4.0), t(6.0, -5.0), t(5.0, -5.0)).item() == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_step_that_is_only_rounding_has_no_direction(scale):
+    """Measured by the state: of states as small as such a step, it is a step. The others of the sample keep theirs."""
+    h = scale * t([1.0, 0.0], [1.0, 0.0], [1.0, 0.0])
+    before = h - scale * t([1e-7, 1e-7], [1.0, 0.5], [1.0, 1.0])
+    before_that = before - scale * t([1.0, 1.0], [1e-7, 1e-7], [1.0, 1.0])
+    assert angular_change(h, before, before_that).tolist() == pytest.approx([0.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -56,6 +100,12 @@ def test_effective_rank_centred_forgets_the_mean():
     rows = t([1.0, 0.1], [1.0, -0.1])
     assert effective_rank(rows).item() > 1.2
     assert effective_rank(rows, center=True).item() == pytest.approx(1.0)
+    corners = t([1.0, 1.0, 9.0], [1.0, -1.0, 9.0], [-1.0, 1.0, 9.0], [-1.0, -1.0, 9.0])
+    assert effective_rank(corners, center=True).item() == pytest.approx(2.0)
+
+
+def test_effective_rank_of_nothing():
+    assert effective_rank(torch.zeros(3, 4)).item() == 1.0
 
 
 def test_offset_cost_of_identical_and_of_known_neighbours():
@@ -94,6 +144,17 @@ def test_head_relations_of_equal_disjoint_and_mixed_heads():
     assert mean_off_diagonal(torch.ones(3, 1, 1)).tolist() == [1, 1, 1]
 
 
+def test_equal_heads_are_one_head_in_single_precision():
+    """Rounding makes an eigenvalue of zero one of either sign, and its root is large."""
+    heads = torch.rand(20, 1, 30).softmax(-1).expand(20, 8, 30)
+    assert head_relations(heads)[0].tolist() == pytest.approx([1.0] * 20, abs=1e-5)
+
+
+def test_mean_off_diagonal_by_hand():
+    cosine = t([1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0])
+    assert mean_off_diagonal(cosine).item() == pytest.approx(0.4)
+
+
 def test_head_diversity_agrees_with_singular_values():
     a = torch.rand(5, 7, 30, dtype=torch.float64).softmax(-1)
     sigma = torch.linalg.svdvals(a)
@@ -109,6 +170,8 @@ def test_token_rank_counts_what_scores_higher():
 
 def test_shares_add_up_and_nothing_is_shared_evenly():
     assert shares(t([3.0, 1.0], [0.0, 0.0])).tolist() == [[0.75, 0.25], [0.5, 0.5]]
+    assert shares(t([0.03, 0.01], [0.0, 0.0], [2e-12, 0.0])).tolist() == [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]
+    assert shares(t(0.0, 0.0, 0.0)).tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_every_lens_says_what_it_is():
