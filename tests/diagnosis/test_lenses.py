@@ -25,31 +25,36 @@ def t(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
 def log_p(*shape):
-    """Random distributions over the last axis, as logarithms, a tenth of the outcomes impossible."""
-    logits = torch.randn(shape, dtype=torch.float64)
-    return logits.masked_fill(torch.rand(shape) < 0.1, -torch.inf).log_softmax(-1)
+    """Distributions over the last axis, as logarithms; some outcomes are impossible."""
+    x = random(*shape)
+    return x.masked_fill(x < -1.5, -torch.inf).log_softmax(-1)
 
 
+h = random(4, 2, 3, 5, 7)
 BATCHES = {  # what a lens reads: two samples of three
-    step_size: (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)),
-    angular_change: (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)),
-    offset_cost: (torch.randn(2, 3, 5, 7),),
-    entropy: (log_p(2, 3, 5, 7),),
-    kl: (log_p(2, 3, 5, 7), torch.randn(2, 3, 5, 7).log_softmax(-1)),
-    gated_mixture: (log_p(2, 3, 5, 7), log_p(2, 3, 5, 7), torch.rand(2, 3, 5, 1)),
-    lambda a: head_relations(a)[0]: (torch.rand(2, 3, 5, 7),),
-    lambda a: head_relations(a)[1]: (torch.rand(2, 3, 5, 7),),
-    mean_off_diagonal: (torch.rand(2, 3, 5, 5),),
-    token_rank: (torch.randn(2, 3, 5, 7), torch.randint(7, (2, 3, 5))),
-    shares: (torch.rand(2, 3, 5) / 10,),
+    "step_size": (step_size, h[0], h[1]),
+    "angular_change": (angular_change, h[0], h[1], h[2]),
+    "offset_cost": (offset_cost, h[0]),
+    "entropy": (entropy, log_p(2, 3, 5, 7)),
+    "kl": (kl, log_p(2, 3, 5, 7), h[0].log_softmax(-1)),
+    "gated_mixture": (gated_mixture, log_p(2, 3, 5, 7), h[0].log_softmax(-1), h[1, ..., :1].sigmoid()),
+    "head_diversity": (lambda a: head_relations(a)[0], log_p(2, 3, 5, 7).exp()),
+    "head_cosines": (lambda a: head_relations(a)[1], log_p(2, 3, 5, 7).exp()),
+    "mean_off_diagonal": (mean_off_diagonal, h[0, ..., :5]),
+    "token_rank": (token_rank, h[0], h[1, ..., 0].argsort(-1)),
+    "shares": (shares, h[0, ..., 0].abs() / 10),
 }
 
 
-@pytest.mark.parametrize("lens", BATCHES)
-def test_a_batch_is_its_members(lens):
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_is_its_members(name):
     """Every axis in front counts samples: none is summed over, none is taken for another."""
-    batch = BATCHES[lens]
+    lens, *batch = BATCHES[name]
     for i in range(2):
         for j in range(3):
             torch.testing.assert_close(lens(*batch)[i, j], lens(*(x[i, j] for x in batch)))
