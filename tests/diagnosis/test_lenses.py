@@ -85,6 +85,10 @@ def test_a_step_that_is_only_rounding_has_no_direction(scale):
     before = h - scale * t([1e-7, 1e-7], [1.0, 0.5], [1.0, 1.0])
     before_that = before - scale * t([1.0, 1.0], [1e-7, 1e-7], [1.0, 1.0])
     assert angular_change(h, before, before_that).tolist() == pytest.approx([0.0, 0.0, 1.0])
+    h, before, before_that = (
+        torch.cat((states, 1e7 * states[:1])) for states in (h, before, before_that)
+    )  # a large token beside them
+    assert angular_change(h, before, before_that).tolist() == pytest.approx([0.0, 0.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
