@@ -14,9 +14,10 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from . import TOO_OLD, __version__
+from . import __version__
 from .errors import CheckpointError, EvaluationError, ParloopError
 from .record import command_line
+from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
 app = App(
@@ -684,8 +685,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # ours say what is going on
     console = Console(stderr=True)
     try:
-        if TOO_OLD and set(sys.argv[1:2]) & MODEL_VERBS:
-            raise ParloopError(TOO_OLD)
+        if too_old() and set(sys.argv[1:2]) & MODEL_VERBS:
+            raise ParloopError(too_old())
         app(passed_through(sys.argv[1:]))
     except ParloopError as error:
         rank = os.environ.get("RANK", "0")

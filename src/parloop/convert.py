@@ -39,7 +39,7 @@ from .corpus.samples import draw_samples
 from .corpus.sources import STDLIB
 from .errors import ConvertError
 from .generate import load_model
-from .model.configuration import ARCHITECTURE, PLTConfig
+from .model.configuration import ARCHITECTURE, GATE, GATE_ALIASES, PLTConfig
 from .model.modeling import PLTForCausalLM
 from .record import write_json
 
@@ -100,7 +100,7 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "chat_template*",
     "additional_chat_templates", "generation_config.json", "LICENSE*",
 )  # fmt: skip
-GATE = re.compile(r"\.self_attn\.(plt_gate|loop_gate_proj)\.")
+IS_GATE = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.")
 UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llama files keep what is computed
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -376,7 +376,7 @@ def _weight_files(source: Path) -> dict[Path, dict[str, tuple[str, list[int]]]]:
 
 def _check_weights(files: dict[Path, dict[str, tuple[str, list[int]]]], config: PLTConfig) -> None:
     """Exactly the names and shapes of this configuration's loop 1."""
-    held = {name: what for tensors in files.values() for name, what in tensors.items() if not GATE.search(name)}
+    held = {name: what for tensors in files.values() for name, what in tensors.items() if not IS_GATE.search(name)}
     plain = deepcopy(config)
     plain.plt_num_loops = 1
     with torch.device("meta"):
@@ -437,7 +437,7 @@ def initial_gates(config: PLTConfig, bias: float, dtype: torch.dtype) -> dict[st
 
 def _write_weights(files, gates: dict[str, torch.Tensor], folder: Path, drop_gates: bool, console: Console) -> int:
     """The source's files, the gates in one more, and an index if there are several. Returns bytes of tensors."""
-    kept = {path: [name for name in tensors if not (drop_gates and GATE.search(name))] for path, tensors in files.items()}
+    kept = {path: [name for name in tensors if not (drop_gates and IS_GATE.search(name))] for path, tensors in files.items()}
     kept = {path: names for path, names in kept.items() if names}
     total = len(kept) + bool(gates)
     targets = [WEIGHTS] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]

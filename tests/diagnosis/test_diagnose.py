@@ -323,3 +323,26 @@ def test_one_loop_needs_no_gates():
     assert seen.loops == 1
     assert seen.summary()["gate"] == [None]
     assert seen.summary()["loss"][0] is not None
+
+
+def test_adapters_are_looked_through():
+    """An adapter that changes the model changes the diagnosis; the wrapper itself is no obstacle."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model, batches = tiny_model(dtype=torch.float32), [{"input_ids": random_ids(2, 12)}]
+    plain = parloop.diagnose(model, batches)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    seen = parloop.diagnose(adapted, batches)
+    assert np.abs(seen.values["loss"] - plain.values["loss"]).max() > 1e-3
+    with adapted.disable_adapter():
+        np.testing.assert_allclose(parloop.diagnose(adapted, batches).values["loss"], plain.values["loss"], rtol=1e-5)
+    prompt = get_peft_model(tiny_model(dtype=torch.float32), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(DiagnosisError, match="learns a prompt"):
+        parloop.diagnose(prompt, batches)
+
+
+@pytest.mark.parametrize("n", [True, 2.0, "2", np.bool_(True)])
+def test_what_is_no_loop_count(n):
+    with pytest.raises(DiagnosisError, match=r"num_loops=.* must be an integer of at least 1"):
+        parloop.diagnose(tiny_model(), [{"input_ids": random_ids(1, 4)}], num_loops=n)
+    assert parloop.diagnose(tiny_model(), [{"input_ids": random_ids(1, 4)}], num_loops=np.int64(3)).loops == 3

@@ -371,6 +371,7 @@ class Fake:
             0,
             7,
         )
+        self.engine = "some engine 1.2"
 
     def start(self):
         self.starts += 1
@@ -446,6 +447,32 @@ def test_what_loads_the_checkpoint_itself_starts_none(known, served, checkpoint,
     (result,) = evaluate(Request(["one"], checkpoint=checkpoint, output=tmp_path / "out"), QUIET)
     assert list(result["items"]) == [checkpoint]
     assert served.started == []
+
+
+@pytest.mark.parametrize("options", [[], ["--engine", "vllm"], ["--engine=transformers"]])
+def test_the_engine_is_what_our_server_says(known, served, checkpoint, tmp_path, options):
+    """However it was asked for. What loads the checkpoint itself has the library that it loads it with, whatever runs beside."""
+    known(made(), made("two", steps=shell("true"), parse=lambda job: Outcome({"a": 1.0}), needs_server=False))
+    asks = Request(["one", "two"], checkpoint=checkpoint, output=tmp_path / "out", serve_options=options)
+    assert [result["model"]["engine"] for result in evaluate(asks, QUIET)] == ["some engine 1.2", "transformers"]
+
+
+@pytest.mark.parametrize(
+    ("version", "engine"),
+    [
+        (None, "unknown"),
+        ({"version": "0.32.0"}, "vLLM 0.32.0"),
+        ({"engine": "transformers", "version": "5.23.0"}, "transformers 5.23.0"),
+        (["1.0"], "unknown"),
+        ({"build": 7}, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_engine_of_a_server_that_runs(known, server, tmp_path, version, engine, slash):
+    known(made())
+    server.version, server.url = version, server.url + slash
+    (result,) = evaluate(request(server, tmp_path), QUIET)
+    assert result["model"]["engine"] == engine
 
 
 @pytest.mark.parametrize("on_error", ["stop", "go on"])

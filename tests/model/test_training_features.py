@@ -9,11 +9,11 @@ from test_llama import llama_config
 from transformers import LlamaForCausalLM
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_gradcheck(offset):
     """The gradient of a toy, through every mechanism, against finite differences."""
-    model = tiny_model(
-        plt_num_loops=3, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4
-    )
+    toy = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    model = tiny_model(plt_num_loops=3, plt_offset=offset, **toy)
     names = [name for name, _ in model.named_parameters() if "embed" not in name]
     e = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
 

@@ -99,6 +99,24 @@ def test_refused(checkpoint, started, loops, engine, arguments, told):
         server.serve(str(checkpoint), loops, engine, arguments)
 
 
+def test_auto_takes_the_first_engine_that_is_at_home(checkpoint, monkeypatch):
+    orders, installed = [], []
+
+    def engine(name):
+        return server.Engine(lambda: name in installed, lambda order: orders.append((name, order)))
+
+    monkeypatch.setattr(server, "ENGINES", {name: engine(name) for name in "abc"})
+    for there in (["b", "c"], ["c"]):
+        installed[:] = there
+        server.serve(str(checkpoint), None, "auto", ["--port", "1"])
+    server.serve(str(checkpoint), 1, "a", [])  # that it is not installed, it says itself
+    assert [name for name, _ in orders] == ["b", "c", "a"]
+    names = ["coder@2", "coder", str(checkpoint)]
+    assert orders[0][1] == server.Order(str(checkpoint), 2, 2, names, {}, ["--port", "1"])
+    with pytest.raises(ServeError, match="use one of auto, a, b, c"):
+        server.serve(str(checkpoint), None, "vllm", [])
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.8.5.post1", "0.34.0", "0.34.0rc1", "1.0.0"])
 def test_versions_of_vllm_that_do_not_fit(version, monkeypatch, checkpoint, started):
     monkeypatch.setattr(plugin, "vllm_version", lambda: version)
@@ -123,7 +141,8 @@ def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
     """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
     code = (
-        "import transformers; transformers.__version__ = '5.19.0'\n"
+        "import importlib.metadata as metadata; real = metadata.version\n"
+        "metadata.version = lambda name: '5.19.0' if name == 'transformers' else real(name)\n"
         "import sys, parloop\n"
         "from parloop import cli\n"
         "assert 'parloop.model.modeling' not in sys.modules\n"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DiagnosisError
-from ..model.configuration import PLTConfig
+from ..model.configuration import PLTConfig, loop_count
 from ..statistics import Interval, bootstrap_mean
 from .attention import AttentionLenses
 from .lenses import (
@@ -146,14 +146,21 @@ def diagnose(
     Raises:
         DiagnosisError: another architecture, no samples, rows without two neighbouring tokens or longer than the model allows.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise DiagnosisError(
+            "this adapter learns a prompt, which the lenses would not see: diagnose the model itself, or one with another adapter."
+        )
+    if hasattr(model, "get_base_model"):  # peft's wrapper; its adapters are inside of the layers
+        model = model.get_base_model()
     config = getattr(model, "config", None)
     if not isinstance(config, PLTConfig) or not hasattr(model, "lm_head"):
         raise DiagnosisError(
             f"{type(model).__name__} is not a PLTForCausalLM: load a PLT checkpoint with AutoModelForCausalLM.from_pretrained."
         )
-    R = config.plt_num_loops if num_loops is None else num_loops
-    if not isinstance(R, int) or R < 1:
-        raise DiagnosisError(f"num_loops={R!r} must be an integer of at least 1.")
+    try:
+        R = config.plt_num_loops if num_loops is None else loop_count(num_loops)
+    except ValueError as error:
+        raise DiagnosisError(str(error)) from None
     seen: Diagnosis | None = None
     was_training = model.training
     model.eval()

@@ -24,7 +24,6 @@ from rich.console import Console
 from ..errors import EvaluationError
 from ..generate import load_config, local_folder
 from ..record import command_line, environment
-from ..serve.plugin import vllm_version
 from ..serve.server import served_names
 from . import results
 from .benchmark import Benchmark, Job, Outcome, Step, benchmarks
@@ -282,10 +281,12 @@ def _model_of(request: Request, loops: int | None) -> dict[str, Any]:
     return {"name": request.name(loops), "loops": loops, "checkpoint": request.checkpoint, "hash": weights}
 
 
-def _engine(request: Request) -> str:
+def _engine(request: Request, benchmark: Benchmark, server: Server | None) -> str:
+    """What ran the model, by its own word."""
     if request.checkpoint is None:
-        return server_version(str(request.endpoint))
-    return f"vLLM {vllm_version()}" if vllm_version() and "transformers" not in request.serve_options else "transformers"
+        return server_version(str(request.endpoint).rstrip("/"))
+    # What needs no server loads the checkpoint itself.
+    return server.engine if server is not None and benchmark.needs_server else "transformers"
 
 
 def _measure(
@@ -303,7 +304,7 @@ def _measure(
         results.claim(job.folder, settings, model | {"engine": kept["model"]["engine"]})  # no server is there to say it
         return kept
     with _locked(job.folder) as job.lock:
-        model["engine"] = _engine(request)
+        model["engine"] = _engine(request, benchmark, server)
         results.claim(job.folder, settings, model)
         with _timed(job.folder):
             outcome = _run(benchmark, job, server, console)

@@ -32,10 +32,10 @@ from transformers import GenerationConfig
 from transformers.distributed.utils import gather_full_state_dict
 
 from ..errors import CheckpointError
+from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
-OTHER_NAMES = [(".self_attn.plt_gate.", ".self_attn.loop_gate_proj.")]  # ours, and another one of released files
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters: independent of how they are grouped
 
 
@@ -94,7 +94,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise CheckpointError(f"checkpoint {str(folder)!r} has no weights that can be read ({error}).") from error
     state = {}
     for name, tensor in _weights(model).items():
-        names = [name, *(name.replace(ours, theirs) for ours, theirs in OTHER_NAMES)]
+        names = [name, *(name.replace(f".{GATE}.", f".{alias}.") for alias in GATE_ALIASES)]
         found = next((candidate for candidate in names if candidate in there), None)
         if found is None:
             raise CheckpointError(f"checkpoint {str(folder)!r} has no weight {name}: it is of another model.")
