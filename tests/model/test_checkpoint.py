@@ -61,8 +61,13 @@ BAD = [
     ),
     *(
         ({"plt_trained_loops": value}, "must be a list of loop counts, each at least 1, or null")
-        for value in ([], [0], [2, 0], [True], [2.0], "12", {1, 2}, 3)
+        for value in ([], "12", {1, 2}, 3)
     ),
+    *(
+        ({"plt_trained_loops": [2, value]}, f"plt_trained_loops: each={value!r} must be an integer")
+        for value in (0, True, 2.0)
+    ),
+    *(({"plt_offset": value}, f"plt_offset={value!r} must be an integer of at least 0") for value in (-1, True, 1.0, None)),
     *(
         ({"plt_window_size": value}, r"must be \[w, 0\] with w >= 0")
         for value in ([4, -1], [True, 0], [4, False], [4, 0.0], ["4", 0], "40", [4, 0, 0], [], {"4": 0, "5": 0})
