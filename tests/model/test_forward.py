@@ -151,8 +151,8 @@ def test_a_model_without_memory_gets_some():
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def test_a_truncated_head_does_not_load_quietly(tmp_path):
-    """Only gates may be left over, and only those: a name that nobody knows is reported."""
+def test_only_gates_may_be_left_over(tmp_path):
+    """Of a looped checkpoint that is read with one loop: a name that nobody knows is reported."""
     tiny_model(plt_num_loops=2, dtype=torch.float32).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.7.self_attn.q_proj.weight"] = weights["model.layers.0.self_attn.q_proj.weight"].clone()
