@@ -18,7 +18,6 @@ from rich.markup import escape
 
 from . import __version__
 from .errors import EvaluationError, ParloopError, PortCheckError, SourceError
-from .record import command_line
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
@@ -95,8 +94,8 @@ def train(
     changes = _given(overrides)
     settings = load_recipe(recipe, **changes)
     if plan:
-        from .train.plan_tables import plan_tables
         from .train.plan import plan_of
+        from .train.plan_tables import plan_tables
 
         for part in plan_tables(plan_of(settings)):
             _console().print(part, highlight=False)
@@ -191,9 +190,7 @@ def study(
 
     changes = _given(overrides) | ({} if source is None else {"source": source})
     console = _console()
-    result = run_study(
-        preset, output, loops=loops, seeds=seeds, match=match, changes=changes, console=console, fresh=fresh
-    )
+    result = run_study(preset, output, loops=loops, seeds=seeds, match=match, changes=changes, console=console, fresh=fresh)
     console.print(result)
     _name_files(console, "report", result.folder, "report.html")
 
@@ -201,7 +198,7 @@ def study(
 def _name_files(console: Console, what: str, folder: Path | None, *names: str) -> None:
     """Print where a verb's files are."""
     paths = ", ".join(str(Path(folder or "", name)) for name in names)
-    console.print(f"\n{what}: {paths}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{what}: {paths}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -608,58 +605,28 @@ def evaluate(
     """
     import shlex
 
-    from .evaluate import run as evaluation
-    from .evaluate.benchmark import benchmarks
-    from .report import terminal
+    from .evaluate import compare, run
+    from .evaluate import report as tables
 
     console = _console()
     if list:
-        console.print(terminal.benchmark_table())
+        console.print(tables.benchmark_table())
         return
     if report:
-        from .evaluate.compare import compare
-        from .report.page import write_evaluation_report
-
-        summary = compare([Path(folder) for folder in what] or [output], output)
-        for table in terminal.evaluation_tables(summary):
-            console.print(table)
-        page = write_evaluation_report(summary, output, command_line())
-        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+        comparison = compare.compare([Path(folder) for folder in what] or [output], output)
+        console.print(comparison)
+        _name_files(console, "report", comparison.folder, "report.html")
         return
-    checkpoints = [text for text in what if text not in benchmarks() and (Path(text).is_dir() or "/" in text)]
-    if len(checkpoints) > 1:
-        raise EvaluationError(f"{', '.join(checkpoints)}: give one checkpoint.")
-    request = evaluation.Request(
-        benchmarks=[text for text in what if text not in checkpoints], checkpoint=checkpoints[0] if checkpoints else None, endpoint=endpoint,
-        model=model, loops=loops, output=output, limit=limit, data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")},
-        settings=_settings(set), serve_options=shlex.split(serve_options), fresh=fresh,
+    request = run.Request.of(
+        what, endpoint=endpoint, model=model, loops=loops, output=output, limit=limit, fresh=fresh,
+        data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")}, settings=_settings(set),
+        serve_options=shlex.split(serve_options),
     )  # fmt: skip
     if plan:
-        planned, counts = evaluation.plan(request), request.counts()
-        for benchmark, checks, lines in planned:
-            hours = f"{benchmark.needs.hours:g} hour" + ("" if benchmark.needs.hours == 1 else "s")
-            console.print(
-                f"[bold]{benchmark.title}[/], {benchmark.tool}, about {hours} for each loop count", highlight=False
-            )
-            for check in checks:
-                mark = "[green]there[/]" if check.met else "[red]not there[/]"
-                console.print(
-                    f"  {mark} {escape(check.what)}" + (f": {escape(check.remedy)}" if not check.met else ""),
-                    highlight=False,
-                )
-            if counts[0] is not None:
-                others = f" (for {', '.join(map(str, counts[1:]))} alike)" if counts[1:] else ""
-                console.print(f"  with R = {counts[0]}{others}:", highlight=False)
-            for line in lines:
-                console.print(f"  $ {line}", markup=False, highlight=False, soft_wrap=True)
+        for planned in run.plan(request):
+            console.print(planned, soft_wrap=True)
         return
-    for result in evaluation.evaluate(request, console):
-        unit = "" if result["unit"] == "%" else f" {result['unit']}"
-        console.print(
-            f"{result['title']}, {result['model']['name']}: {result['value']:.4g}{unit or '%'}, {len(result['items'])} items",
-            highlight=False,
-            markup=False,
-        )
+    console.print(run.evaluate(request, console))
     console.print(f"next:  parloop eval --report {output}", highlight=False, markup=False)
 
 

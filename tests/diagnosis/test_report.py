@@ -358,8 +358,7 @@ def test_held_out_documents_only_are_drawn_from_training_text(trained, tmp_path,
     monkeypatch.setattr(sources, "read", None)  # with documents at hand the source is not read
     monkeypatch.setattr(sources, "read_all", None)
     assert (
-        diagnose_checkpoint("run", samples=1000, length=32, device="cpu", held_out=held_out).sample_hash
-        == again.sample_hash
+        diagnose_checkpoint("run", samples=1000, length=32, device="cpu", held_out=held_out).sample_hash == again.sample_hash
     )
 
 

@@ -425,7 +425,7 @@ def test_a_run_is_loaded_once_and_its_source_is_not_read_again(recipe, study, mo
     corpus = load_corpus(recipe.corpus_settings(), console=QUIET)
     folder = study[0] / "r1-seed0"
     kept = CheckpointDiagnosis.load(folder)
-    (run,) = [run for run in plan(recipe, corpus, [Arm(1)], 1, "tokens")]
+    (run,) = plan(recipe, corpus, [Arm(1)], 1, "tokens")
     for name in ("diagnosis.json", "evaluation-3000.npz"):
         (folder / name).unlink()
     monkeypatch.setattr(sources, "read", None)

@@ -131,7 +131,9 @@ def earlier_results(folder: Path, settings: Settings) -> BenchResult | None:
         result = BenchResult.load(folder)
     except ValueError as error:
         raise BenchError(f"{path} is no bench's ({error}): choose another --output, or --fresh to start over.") from error
-    before, now = ({**vars(of), **machine} for of, machine in ((result.settings, result.environment), (settings, environment())))
+    before, now = (
+        {**vars(of), **machine} for of, machine in ((result.settings, result.environment), (settings, environment()))
+    )
     changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         raise BenchError(
@@ -228,7 +230,12 @@ def measure_block(
 
 
 def _row(
-    variant: Variant, runs: dict[Variant, list[Run]], reads: list[float], models: dict[str, Any], batch_size: int, decode: bool
+    variant: Variant,
+    runs: dict[Variant, list[Run]],
+    reads: list[float],
+    models: dict[str, Any],
+    batch_size: int,
+    decode: bool,
 ) -> Row:
     """Return one variant's numbers: medians and quartiles over rounds, of ratios that were taken within rounds."""
     seconds = {other: [run.seconds for run in made] for other, made in runs.items()}

@@ -23,6 +23,7 @@ from ..timing import peak_bytes, reset_peak
 from .results import CacheReport
 from .variants import Variant
 
+
 class Run(NamedTuple):
     """Seconds of a prefill, or per decode step; most bytes of memory held; the cache afterwards."""
 

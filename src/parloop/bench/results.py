@@ -127,10 +127,10 @@ class BenchResult(Result):
         """Add a block in its place."""
         self.blocks = sorted([*self.blocks, block], key=lambda one: (one.phase, one.batch_size, one.tokens))
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         from rich.text import Text
 
-        return [*(_table(block) for block in self.blocks), Text(self.legend())]
+        return [*(_table(block) for block in self.blocks), Text(self.legend() + "\n")]
 
     def legend(self) -> str:
         """Return what the lines and columns of the tables are."""
@@ -142,7 +142,10 @@ class BenchResult(Result):
             "R = n": (True, "n loops in one pass over the weights. One copy of the weights serves all lines."),
             "pass per loop": (any(not v.one_pass for v in variants), "the scheme of the vendor's server, not their code."),
             "whole prompt": (any(not v.tail for v in variants), "all loops on all of it, as without the exact tail."),
-            "Llama": (any(v.llama for v in variants), "transformers' LlamaForCausalLM of the same shape on the same weights."),
+            "Llama": (
+                any(v.llama for v in variants),
+                "transformers' LlamaForCausalLM of the same shape on the same weights.",
+            ),
             "compiled": (
                 any(v.compiled for v in variants),
                 "static cache and torch.compile; compared with R = 1 and Llama compiled as well.",

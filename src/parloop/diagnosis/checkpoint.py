@@ -115,7 +115,8 @@ def diagnose_checkpoint(
     rows = _rows(text, tokenizer, length, samples, held_out, data)
     if len(rows) < samples:
         console.print(
-            f"source {text.settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", markup=False
+            f"source {text.settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.",
+            markup=False,
         )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))

@@ -47,7 +47,7 @@ class CheckpointDiagnosis(Result):
     tokens: TokenView
     settings: dict[str, Any]
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         from rich.text import Text
 
         told = f"{self.settings['data']}: trained on this text? {self.settings['trained_on_this_text']}."
@@ -83,8 +83,8 @@ class DiagnosisResult(Result):
     checkpoints: list[CheckpointDiagnosis]
     folder: Path | None = not_kept(default=None)
 
-    def parts(self) -> list[Any]:
-        return [part for checkpoint in self.checkpoints for part in checkpoint.parts()]
+    def shown(self) -> list[Any]:
+        return [part for checkpoint in self.checkpoints for part in checkpoint.shown()]
 
     def labels(self) -> list[str]:
         """Return what reports call the checkpoints: the loop count, with the checkpoint's name where several have the same."""

@@ -137,21 +137,21 @@ class StudyResult(Result):
         """Return the row of an arm. Raises KeyError: there is none of that name."""
         return {row.arm.name: row for row in self.rows}[name]
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         from rich.text import Text
 
-        verdict = Text.assemble("\n", (self.verdict.headline, "bold"), f" {self.verdict.evidence}")
+        verdict = Text.assemble("\n", (self.verdict.headline, "bold"), f" {self.verdict.evidence}\n")
         return [self._gives(), self._costs(), verdict]
 
-    def _table(self, title: str, cells: dict[str, list[str]]) -> Any:
+    def _table(self, title: str, further: dict[str, list[str]]) -> Any:
         """Return a table: what tells the arms apart, then the given columns. The chosen arm is bold."""
         from rich.table import Table
         from rich.text import Text
 
-        table, shown = Table(title=title, title_justify="left"), columns([row.arm for row in self.rows]) | cells
-        for name in shown:
+        table, cells = Table(title=title, title_justify="left"), columns([row.arm for row in self.rows]) | further
+        for name in cells:
             table.add_column(name, justify="right", no_wrap=True)
-        for row, line in zip(self.rows, zip(*shown.values())):
+        for row, line in zip(self.rows, zip(*cells.values())):
             table.add_row(*map(Text, line), style="bold" if row.arm.name == self.chosen else "")
         return table
 
@@ -159,9 +159,7 @@ class StudyResult(Result):
         base, rows = self.row(self.base), self.rows
         cells = {
             "loss": [_shown(row.bits_per_byte) for row in rows],
-            f"difference\nto {base.arm.label}": [
-                "" if row is base else _shown(row.difference_to_base, "+") for row in rows
-            ],
+            f"difference\nto {base.arm.label}": ["" if row is base else _shown(row.difference_to_base, "+") for row in rows],
             "read out after each loop": [", ".join(f"{bits:.2f}" for bits in row.bits_per_byte_after_loop) for row in rows],
             "next\ntoken": [f"{100 * row.next_token_accuracy:.1f}%" for row in rows],
         }

@@ -55,7 +55,8 @@ def plan(recipe: Recipe, corpus: Corpus, arms: list[Arm], seeds: int, match: str
     """Return the runs in order, seed by seed, and of a seed from the cheapest arm to the dearest."""
     recipes = {arm: arm.recipe(recipe) for arm in arms}
     cost = {
-        arm: training_flops_per_token(own.plt_config(corpus.tokenizer), own.length, arm.loops) for arm, own in recipes.items()
+        arm: training_flops_per_token(own.plt_config(corpus.tokenizer), own.length, arm.loops)
+        for arm, own in recipes.items()
     }
     mean = sum(cost.values()) / len(cost)
     runs = []
@@ -76,9 +77,7 @@ def train_all(runs: list[Run], output: Path, corpus: Corpus, document_chars: int
             label = f"run {number} of {len(runs)}: {run.arm.label}" + ("" if runs[-1].first else f", seed {run.seed}")
             task = progress.add_task(label, total=run.recipe.steps, loss="")
             on_step = partial(_show, progress, task, whole, progress.tasks[whole].completed, run)
-            run.training = train(
-                run.recipe, output / run.name, corpus=corpus, console=console, on_step=on_step, fresh=fresh
-            )
+            run.training = train(run.recipe, output / run.name, corpus=corpus, console=console, on_step=on_step, fresh=fresh)
             on_step(run.recipe.steps, run.training["loss_curve"][-1][1])
             look_at(run, output / run.name, corpus, document_chars, console)
 

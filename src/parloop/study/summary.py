@@ -99,7 +99,9 @@ def verdict(rows: list[Row], base: Row, best: Row, chosen: Row, match: str, seed
             f"within the paired 95% interval of it ({gap.low:+.3f} to {gap.high:+.3f}) and is cheaper. "
         )
     else:
-        text = f"It has the lowest loss ({loss:.3f} bits per byte), and nothing cheaper comes within its paired 95% interval. "
+        text = (
+            f"It has the lowest loss ({loss:.3f} bits per byte), and nothing cheaper comes within its paired 95% interval. "
+        )
     if chosen is not base:
         change = chosen.difference_to_base
         flops = chosen.training_flops_per_token / base.training_flops_per_token
@@ -116,8 +118,12 @@ def verdict(rows: list[Row], base: Row, best: Row, chosen: Row, match: str, seed
             "compute budget the plain model may still win (--match compute tests it). "
         )
     if seeds == 1:
-        text += "With one seed the intervals cover the choice of documents, not the luck of training (--seeds 3 covers both). "
-    text += "Models this small, trained this briefly, on this corpus say which way it goes here, not what a 7B model would do."
+        text += (
+            "With one seed the intervals cover the choice of documents, not the luck of training (--seeds 3 covers both). "
+        )
+    text += (
+        "Models this small, trained this briefly, on this corpus say which way it goes here, not what a 7B model would do."
+    )
     return Verdict(f"Take {name}.", text)
 
 
