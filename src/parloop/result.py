@@ -151,7 +151,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
         return kind(*(read(hint, item, name) for hint, item in zip(hints.values(), value, strict=True)))
     if kind is float and value is None:
         return math.nan
-    known = {float: (int, float), int: int, str: str, bool: bool, dict: dict, list: list}.get(origin or kind)
+    known: Any = {float: (int, float), int: int, str: str, bool: bool, dict: dict, list: list}.get(origin or kind)
     if known is None or not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} is {value!r:.50}, not {getattr(kind, '__name__', kind)}")
     if kind is float and not math.isfinite(value):

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 
-Name, Measured = TypeVar("Name"), TypeVar("Measured")
+Name = TypeVar("Name")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from parloop.report.figures import scores_against_loops
 
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
 from parloop.evaluate.compare import Comparison, PairedTest, compare, interval_of

@@ -49,16 +49,16 @@ def test_how_fast_and_from_where_is_no_setting(tmp_path, change):
 )  # fmt: skip
 def test_what_changes_the_number_changes_the_hash(tmp_path, change):
     one, other = saved(tmp_path / "one"), saved(tmp_path / "other", **change)
-    assert one["settings_hash"] != other["settings_hash"]
+    assert one.settings_hash != other.settings_hash
 
 
 def test_other_data_is_another_measurement(tmp_path):
-    assert saved(tmp_path / "one")["settings_hash"] != saved(tmp_path / "other", data="v4")["settings_hash"]
+    assert saved(tmp_path / "one").settings_hash != saved(tmp_path / "other", data="v4").settings_hash
 
 
 def test_the_model_is_no_setting(tmp_path):
     one, other = saved(tmp_path / "one"), saved(tmp_path / "other", model="other@4", loops=4)
-    assert one["settings_hash"] == other["settings_hash"]
+    assert one.settings_hash == other.settings_hash
 
 
 def test_the_hash_does_not_depend_on_the_order_of_settings():

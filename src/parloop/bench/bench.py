@@ -255,8 +255,8 @@ def _row(
         over_one_loop=over(Variant(1, compiled=variant.compiled)),
         over_llama=over(Variant(1, llama=True, compiled=variant.compiled)),
         weight_bytes=size,
-        weight_bytes_per_second=size and Spread.of([size / value for value in own]),
-        bandwidth_share=size and Spread.of([size / value / read for value, read in zip(own, reads)]),
+        weight_bytes_per_second=Spread.of([size / value for value in own]) if size else None,
+        bandwidth_share=Spread.of([size / value / read for value, read in zip(own, reads)]) if size else None,
         cache=runs[variant][-1].cache,
         peak_bytes=max(run.peak_bytes for run in runs[variant]),
     )

@@ -76,7 +76,7 @@ def diagnose_checkpoint(
     center_rank: bool = False,
     held_out: Iterable[Document] | None = None,
     model: Any = None,
-    on_batch: Callable[[int], object] | None = None,
+    on_batch: Callable[[int], None] | None = None,
     console: Console | None = None,
 ) -> CheckpointDiagnosis:
     """Diagnose one checkpoint. Nothing is written.
@@ -135,7 +135,7 @@ def diagnose_checkpoint(
         verdict=give_verdict(diagnosis),
         tokens=TokenView(
             document=viewed.name,
-            first=tokenizer.decode(viewed.ids[:1], skip_special_tokens=True),
+            first=str(tokenizer.decode(viewed.ids[:1], skip_special_tokens=True)),
             view=token_view(model, tokenizer, viewed.ids[:VIEWED_TOKENS], diagnosis.loops),
         ),
         settings={

@@ -116,7 +116,7 @@ def _panel(axes: Any, entry: Entry) -> None:
         rows = [row for row in ours if row.settings == settings]
         x = [(row.loops or 0) + 0.05 * number for row in rows]
         y = np.array([row.value for row in rows], dtype=float)
-        ends = np.array([row.interval or [row.value, row.value] for row in rows], dtype=float).T
+        ends = np.array([row.interval or 2 * [row.value or 0.0] for row in rows], dtype=float).T
         style = look(number + 1) | {"linestyle": "none", "label": "ours" + (f" [{settings[:6]}]" if settings else "")}
         axes.errorbar(x, y, yerr=[y - ends[0], ends[1] - y], capsize=3, **style)
     paper = [row for row in entry.rows if row.source == "paper"]
@@ -126,5 +126,5 @@ def _panel(axes: Any, entry: Entry) -> None:
     axes.set_title(entry.title)
     axes.set_xlabel("loop count R")
     axes.set_ylabel(f"{entry.metric.split(',')[0]}, {entry.unit}" if entry.unit == "%" else entry.unit)
-    axes.set_xticks(sorted({row.loops for row in [*ours, *paper]}))
+    axes.set_xticks(sorted({row.loops for row in [*ours, *paper] if row.loops}))
     axes.legend(fontsize="small")
