@@ -10,15 +10,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 from rich.console import Console
-from scripted import Scripted
 
 from parloop.errors import CheckpointError, EvaluationError, OutputError
 from parloop.evaluate import results, run, serving
 from parloop.evaluate.benchmark import Benchmark, Needs, Outcome, Step, benchmarks
 from parloop.evaluate.needs import Check
 from parloop.evaluate.run import Request, evaluate
+from tests.helpers.models import tiny_config
+from tests.helpers.scripted import Scripted
 
 QUIET = Console(quiet=True)
 # Asks for three items, one after the other, and writes each answer down; what is there it does not ask again. As most tools do.

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
-from test_parity import CASES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import parloop
 from parloop import PLTConfig, PLTForCausalLM, PLTModel
+from tests.helpers.models import tiny_config, tiny_model
+from tests.helpers.parity import CASES
 
 BAD = [
     ({"plt_window_size": [64]}, r"plt_window_size=\[64\] must be \[w, 0\]"),

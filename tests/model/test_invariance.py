@@ -2,32 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parloop import make_cache
 from parloop.model.reference import reference_forward
-
-EXACT = {"atol": 1e-10, "rtol": 0}
-
-
-def in_pieces(model, ids, pieces, attention_mask=None, cache=None, **kwargs):
-    """Logits of `ids` [B, T] fed in calls of `pieces` tokens."""
-    assert sum(pieces) == ids.shape[1]
-    logits, done = [], 0
-    cache = cache if cache is not None else make_cache(model.config, kwargs.get("num_loops"))
-    for n in pieces:
-        mask = None if attention_mask is None else attention_mask[:, : done + n]
-        output = model(ids[:, done : done + n], attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
-        logits.append(output.logits)
-        done += n
-    return torch.cat(logits, dim=1)
-
-
-@st.composite
-def splits(draw, longest=24):
-    return draw(st.lists(st.integers(1, 9), min_size=1, max_size=longest).filter(lambda p: sum(p) <= longest))
+from tests.helpers.decoding import EXACT, in_pieces, splits
+from tests.helpers.models import random_ids, tiny_model
 
 
 @settings(max_examples=120, deadline=None)

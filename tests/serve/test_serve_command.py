@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_model
 
 from parloop.cli import app
 from parloop.errors import ServeError
 from parloop.serve import plugin, server
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture
