@@ -230,6 +230,12 @@ ORDERS = {  # of imports, and what is there at once
     "parloop first": "import parloop; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
     "a class of ours first": "from parloop import PLTForCausalLM; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
     "a module of ours first": "import parloop.model.modeling; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "the configuration that it extends first": "import parloop; from transformers import LlamaConfig, AutoConfig, AutoModel, AutoModelForCausalLM",
+    "the module that it extends first": """
+import parloop
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+""",
     "a native class there before": """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 class Native(LlamaConfig):

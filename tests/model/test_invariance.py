@@ -65,6 +65,20 @@ def test_bands_equal_the_equations(T, w):
     torch.testing.assert_close(logits, reference[-1], **EXACT)
 
 
+@pytest.mark.parametrize(("w", "T", "pieces"), [(64, 400, [300, 1, 1, 37, 61]), (1, 90, [1, 40, 1, 1, 47])])
+@pytest.mark.parametrize("R", [2, 3])
+def test_the_released_window_and_the_shortest(w, T, pieces, R):
+    """Texts of several windows, whole and in prefill, chunks and single steps, against the equations."""
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], max_position_embeddings=512)
+    ids = random_ids(1, T)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[0]
+        split = in_pieces(model, ids, pieces)[0]
+    _, reference = reference_forward(dict(model.state_dict()), model.config.to_diff_dict(), ids[0])
+    torch.testing.assert_close(whole, reference[-1], **EXACT)
+    torch.testing.assert_close(split, reference[-1], **EXACT)
+
+
 def test_window_counts_the_token_itself():
     """w = 2: with one layer, loop 2 of token 5 depends on its own window at tokens 3, 4, 5, not on token 2's."""
     model = tiny_model(num_hidden_layers=1, plt_window_size=[2, 0], plt_num_loops=2)
