@@ -1,4 +1,4 @@
-"""What `import parloop` tells other libraries, when they are imported: transformers and mlx-lm learn the model.
+"""Registrations that `import parloop` makes with other libraries once they are imported: transformers, PEFT and mlx-lm learn the model.
 
 Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX need none of them. So
 the registrations wait until the module that they change is imported, by whomever; if it is there already, they are made at once.

@@ -403,7 +403,7 @@ class PLTModel(PLTPreTrainedModel):
         return list(x_BRD.split(1, dim=1))
 
     def _after_loop(self, x: torch.Tensor, loop: int, num_loops: int) -> torch.Tensor:
-        """The same final norm after every loop; with plt_normalize_per_loop false, after the last one only."""
+        """Apply the final norm, after every loop; with plt_normalize_per_loop false, after the last one only."""
         return self.norm(x) if self.config.plt_normalize_per_loop or loop == num_loops - 1 else x
 
 
