@@ -75,12 +75,20 @@ def _resamples_of(n: int) -> np.ndarray:
 
 
 def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """Bits per byte of nll [seeds, documents] in nats over byte_counts [documents]."""
+    """Bits per byte of nll [seeds, documents] in nats over byte_counts [documents].
+
+    Returns:
+        The value over all seeds and documents, and the 95% interval of its resamples.
+    """
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
 
 def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """nll minus other, in bits per byte, on the same documents and seeds."""
+    """nll minus other, both [seeds, documents] in nats on the same documents and seeds, in bits per byte.
+
+    Returns:
+        The difference, and the 95% interval of its resamples: below 0, nll is the better one.
+    """
     return bits_per_byte(nll - other, byte_counts, weights)
 
 

@@ -71,6 +71,9 @@ def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: i
         num_loops: R. The cache then serves calls with this loop count only.
         max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); else it grows.
 
+    Returns:
+        A stock DynamicCache or StaticCache of L * R + R - 1 layers, see the table at the top of this file.
+
     Raises:
         ValueError: num_loops is not an integer of at least 1.
     """
