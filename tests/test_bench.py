@@ -10,7 +10,6 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from rich.console import Console
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -24,6 +23,7 @@ from parloop.bench.variants import PASS_PER_LOOP, Variant, decode_variants
 from parloop.errors import BenchError, CheckpointError, OutputError
 from parloop.folder import BENCH, claimed
 from parloop.timing import Spread
+from tests.helpers.models import tiny_config, tiny_model
 
 QUIET = Console(quiet=True)
 TINY = {

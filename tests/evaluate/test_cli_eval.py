@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 
 from parloop import cli
 from parloop.errors import EvaluationError
@@ -13,6 +12,7 @@ from parloop.evaluate import run
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
 from parloop.evaluate.needs import Check
 from parloop.evaluate.results import BenchmarkResult, EvaluationResult, Model, save, settings_of
+from tests.helpers.models import tiny_config
 
 SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 

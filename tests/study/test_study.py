@@ -14,7 +14,6 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from test_corpus import write_sources
 
 from parloop.corpus import load_corpus, sources
 from parloop.diagnosis.checkpoint import diagnose_checkpoint
@@ -31,6 +30,7 @@ from parloop.study.runs import look_at, plan
 from parloop.study.study import default_folder
 from parloop.train import Recipe
 from parloop.train.pretrain import train
+from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
 TINY = {
