@@ -5,9 +5,10 @@ A release of a library that changes one of these makes its test fail here, by na
 
 import pytest
 import torch
-from conftest import tiny_model
 from transformers.generation import BaseStreamer
 from transformers.utils.chat_parsing import ResponseParser
+
+from tests.helpers.models import tiny_model
 
 # The server without vLLM (serve/fallback_*.py). It uses nothing private of transformers' own server.
 
