@@ -26,7 +26,7 @@ from parloop.study import run_study
 from parloop.study.measure import cache_bytes_of, peak_training_bytes
 from parloop.study.study import diagnosis_of
 from parloop.train import Recipe
-from parloop.train.pretrain import train
+from parloop.train.training import train
 from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
@@ -263,7 +263,7 @@ def test_flops_against_counted_matrix_products(recipe):
     """The formula against what torch's counter sees, with every token's whole row of keys counted by both."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from parloop.train.pretrain import build_model
+    from parloop.train.build import build_model
 
     for n in (1, 2, 3):
         model = build_model(Recipe(**(vars(recipe) | {"loops": n, "attention": "eager"})))
@@ -298,7 +298,7 @@ def test_memory_of_a_training_step_is_counted():
 
 
 def test_cache_and_memory_of_a_model(recipe):
-    from parloop.train.pretrain import build_model
+    from parloop.train.build import build_model
 
     one, two = (build_model(Recipe(**(vars(recipe) | {"loops": n}))) for n in (1, 2))
     assert cache_bytes_of(one, 32)["fixed"] == 0

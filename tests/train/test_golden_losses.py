@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from parloop.train import Recipe
-from parloop.train.pretrain import train
+from parloop.train.training import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 30
@@ -65,7 +65,7 @@ def write_text(folder: Path) -> Path:
 def losses(source: Path, loops: int | list[int], output: Path) -> list[float]:
     """The loss of every step, in nats per token."""
     result = train(recipe(source, loops), output, console=Console(quiet=True))
-    return [loss for _, loss in result["loss_curve"]]
+    return [loss for _, loss in result.loss_curve]
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from ..checkpoints import load_model
 from ..corpus.samples import Document, draw_samples, padded_batches, samples_of
 from ..errors import CheckpointError, DiagnosisError, SourceError
 from ..folder import DIAGNOSIS, OutputFolder, claimed, read_claim
-from ..generate import load_model
 from ..record import environment
 from .diagnosis import diagnose
 from .lenses import LENSES

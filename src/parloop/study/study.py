@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ..checkpoints import load_model
 from ..corpus import Corpus, load_corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..errors import RecipeError
 from ..folder import STUDY, claimed
-from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..record import command_line, environment, write_json
 from ..report.terminal import progress_bars
 from ..statistics import RULE, Interval, bits_per_byte, choose, paired_difference, resample_weights
 from ..train.evaluate import Evaluation, evaluate_documents
-from ..train.pretrain import train
 from ..train.recipe import Recipe
+from ..train.training import train
 from .measure import cache_bytes_of, inference_times, peak_training_bytes
 
 MATCHES = ("tokens", "compute")
@@ -114,7 +114,7 @@ def train_all(
 
             folder = output / run["name"]
             run["training"] = train(run["recipe"], folder, corpus=corpus, console=console, on_step=on_step, fresh=fresh)
-            on_step(run["recipe"].steps, run["training"]["loss_curve"][-1][1])
+            on_step(run["recipe"].steps, run["training"].loss_curve[-1][1])
             run["evaluation"] = evaluation_of(folder, run["recipe"], corpus, document_chars)
 
 
@@ -192,20 +192,20 @@ def summarize(recipe, corpus, runs, costs, loops, seeds, match, command) -> dict
         rows.append(
             {
                 "loops": n,
-                "parameters": own[0]["training"]["parameters"],
+                "parameters": own[0]["training"].parameters,
                 "bits_per_byte": losses[n].as_list(),
                 "loss_nats_per_token": float(final[n].sum() / tokens),
                 "difference_to_base": to_base[n].as_list(),
                 "difference_to_best": to_best[n].as_list(),
                 "bits_per_byte_after_loop": [bits_per_byte(nll[n][:, :, r], byte_counts, weights).value for r in range(n)],
                 "next_token_accuracy": float(sum(run["evaluation"].correct.sum() for run in own) / tokens),
-                "training_tokens": own[0]["training"]["tokens"],
+                "training_tokens": own[0]["training"].tokens,
                 "training_flops": own[0]["flops"],
-                "training_seconds": float(np.mean([run["training"]["seconds"] for run in own])),
-                "training_tokens_per_second": float(np.median([run["training"]["tokens_per_second"] for run in own])),
+                "training_seconds": float(np.mean([run["training"].seconds for run in own])),
+                "training_tokens_per_second": float(np.median([run["training"].tokens_per_second for run in own])),
                 "runs": [run["name"] for run in own],
-                "loss_curves": [run["training"]["loss_curve"] for run in own],
-                "validation_curves": [run["training"]["validation_curve"] for run in own],
+                "loss_curves": [run["training"].loss_curve for run in own],
+                "validation_curves": [run["training"].validation_curve for run in own],
                 **costs[n],
             }
         )
