@@ -233,6 +233,7 @@ ORDERS = {  # of imports, and what is there at once
     "the configuration that it extends first": "import parloop; from transformers import LlamaConfig, AutoConfig, AutoModel, AutoModelForCausalLM",
     "the module that it extends first": """
 import parloop
+import transformers.modeling_layers
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 """,
