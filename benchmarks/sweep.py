@@ -1,4 +1,4 @@
-"""Try values of one field of a recipe, at several loop counts: how the settings in recipes/ were found.
+"""Try values of one field of a recipe, at several loop counts: how the settings of the shipped recipes were found.
 
     python benchmarks/sweep.py learning_rate 1.5e-3 3e-3 5e-3 --loops 1 2 4
     python benchmarks/sweep.py hidden_scale 0.012 0.0354 0.1 0.3 --loops 2 --recipe quick --output runs/sweep
