@@ -92,32 +92,19 @@ def train(
         Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
     changes = _given(overrides)
-    settings = load_recipe(recipe, **changes)
     if plan:
         from .train.plan import plan_of
         from .train.plan_tables import plan_tables
 
-        for part in plan_tables(plan_of(settings)):
+        for part in plan_tables(plan_of(load_recipe(recipe, **changes))):
             _console().print(part, highlight=False)
         return
-    counts = settings.loop_counts or []
-    folder = output or Path("runs/train", f"{Path(recipe).stem}" + ("-r" + "-".join(map(str, counts)) if counts else ""))
-    if isinstance(settings, ChatRecipe):
-        from .train.finetune import finetune as run
-    else:
-        from .train.pretrain import train as run  # type: ignore[assignment]
-    with _naming(recipe, changes):
-        result = run(settings, folder, fresh=fresh)  # type: ignore[arg-type]
+    from .train import train as run
     from .train.sharding import main_process
 
+    result = run(recipe, output, changes=changes, fresh=fresh)
     if main_process():
-        _console().print(
-            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
-            f"model: {folder}\nnext:  parloop generate {folder} 'def '",
-            highlight=False,
-            markup=False,
-        )
+        _console().print(result, highlight=False)
 
 
 @app.command
@@ -369,17 +356,7 @@ def convert(
         source, out, to=to, loops=loops, start=start, window=window, hidden_scale=hidden_scale, gate_bias=gate_bias, data=data,
         samples=samples, console=console,
     )  # fmt: skip
-    lines = [
-        f"{done.family} -> {done.config.model_type}: {done.weights_bytes / 1e9:.2f} GB of weights in {done.files} file(s)"
-    ]
-    if done.gate_bias is not None:
-        opening = f"c = {done.config.plt_hidden_scale:.4g}, gates at sigmoid({done.gate_bias:g})"
-        lines.append(f"loops: {done.config.plt_num_loops}, window {done.config.window_tokens} tokens, {opening}")
-    if done.loss is not None and done.source_loss is not None:
-        lines.append(
-            f"loss on the sample: {done.source_loss:.4f} -> {done.loss:.4f} nats per token ({done.loss - done.source_loss:+.4f})"
-        )
-    console.print("\n".join([*lines, f"model: {out}"]), highlight=False, markup=False, soft_wrap=True)
+    console.print(done, highlight=False, soft_wrap=True)
 
 
 @app.command

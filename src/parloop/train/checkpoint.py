@@ -32,7 +32,6 @@ from transformers import GenerationConfig
 from transformers.distributed.utils import gather_full_state_dict
 
 from ..errors import CheckpointError
-from ..folder import check_room, new_folder
 from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
@@ -167,42 +166,3 @@ def last_whole_checkpoint(output: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def export(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer. Adapters are merged
-    into the model that the run's recipe names.
-
-    Args:
-        checkpoint: checkpoint-N of a run, by any number of processes.
-        out: folder to make.
-
-    Raises:
-        CheckpointError: it is no whole checkpoint.
-        OutputError: the folder is not empty, or cannot be written.
-    """
-    from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
-
-    checkpoint, out = Path(checkpoint), Path(out)
-    if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
-        raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
-    with new_folder(out) as scratch:
-        weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-        check_room(scratch, weights, "the model")
-        if (checkpoint / "adapter_config.json").is_file():
-            from .finetune import merge_adapter
-            from .recipe import ChatRecipe
-
-            recipe = ChatRecipe.load(checkpoint.parent / "recipe.yaml")
-            counts = recipe.loop_counts
-            merge_adapter(recipe.model, checkpoint, scratch, counts if counts and len(counts) > 1 else None)
-        if list(checkpoint.glob("shard-*.safetensors")):
-            consolidate_distributed_checkpoint(checkpoint, scratch)
-            (whole,) = scratch.glob("*.safetensors")
-            whole.rename(scratch / "model.safetensors")
-            (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
-        apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|adapter_.*|README\.md|.*\.(pth|pt)")
-        for path in checkpoint.iterdir():
-            if path.is_file() and not apart.fullmatch(path.name):
-                shutil.copyfile(path, scratch / path.name)
-    return out

@@ -200,7 +200,7 @@ def plan_of(recipe: Recipe | ChatRecipe) -> dict[str, Any]:
         RecipeError: the recipe describes no model.
     """
     if isinstance(recipe, ChatRecipe) or recipe.init_from is not None:
-        from ..generate import load_config
+        from ..checkpoints import load_config
 
         config = load_config(recipe.model if isinstance(recipe, ChatRecipe) else str(recipe.init_from))
     else:
