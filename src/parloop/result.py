@@ -40,10 +40,12 @@ class Result:
         """
         try:
             content = json.loads(text)
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds {type(content).__name__}, and not an object")
             if (number := content.get("format", 1)) != cls.FORMAT:
                 raise ValueError(f"its format is {number}, and this version of parloop reads {cls.FORMAT}")
             return build(cls, content)
-        except (TypeError, AttributeError, RecursionError) as error:
+        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"it is no {cls.__name__}: {error}") from error
 
     @classmethod
@@ -59,12 +61,12 @@ class Result:
             result.folder = Path(folder)  # type: ignore[attr-defined]
         return result
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         """Return what the terminal shows, from top to bottom: tables and texts of rich."""
         raise NotImplementedError
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield from self.parts()
+        yield from self.shown()
 
     def format(self, width: int = 100) -> str:
         """Return what the terminal shows as plain text.
@@ -114,7 +116,7 @@ def build(kind: Any, content: dict[str, Any]) -> Any:
         TypeError: a field is of another kind.
     """
     if not isinstance(content, dict):
-        raise TypeError(f"{content!r:.50} is no {kind.__name__}")
+        raise TypeError(f"{content!s:.50} is no {kind.__name__}")
     hints, values = typing.get_type_hints(kind), {}
     for field in kept_fields(kind):
         if field.name in content:
@@ -152,6 +154,6 @@ def read(kind: Any, value: Any, name: str) -> Any:
     known: Any = {float: (int, float), int: int, str: str, bool: bool, dict: dict, list: list}.get(origin or kind)
     if known is None or not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} is {value!r:.50}, not {getattr(kind, '__name__', kind)}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise TypeError(f"{name} is {value}")
     return value

@@ -717,7 +717,8 @@ def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, nam
     (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / name / "mine").write_text("mine")
     with pytest.raises(
-        OutputError, match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away"
+        OutputError,
+        match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away",
     ):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / name / "mine").exists()

@@ -14,7 +14,7 @@ def card_of_run(
     config: Any,
     losses: list[list[float]],
     validation: list[list[float]],
-    parameters: int | None = None,
+    parameters: int = 0,
 ) -> str:
     """Return the card of a model that a recipe trained.
 
@@ -31,7 +31,7 @@ def card_of_run(
         sources = () if isinstance(recipe, ChatRecipe) else tuple(entry["source"] for entry in recipe.sources)
         sections = {"Data": _data(recipe), "Training": _settings(recipe)}
     sections["Loss"] = _loss_table(losses, validation)
-    return model_card(name, config, sections, parameters=parameters, base_model=base, sources=sources)
+    return model_card(name, config, sections, parameters=parameters or None, base_model=base, sources=sources)
 
 
 def _data(recipe: Recipe | ChatRecipe) -> str:

@@ -93,7 +93,12 @@ def _train(
         if run.done:
             if state.is_main_process:
                 clear_left_over(output)
-            return TrainingResult.load(output)
+            try:
+                return TrainingResult.load(output)
+            except ValueError as error:
+                raise RecipeError(
+                    f"{TrainingResult.FILE} in {str(output)!r} cannot be read ({error}): start over with --fresh."
+                ) from error
         if isinstance(recipe, ChatRecipe):
             result = finetune.finetune(run, recipe)
         else:
