@@ -142,7 +142,6 @@ def _config(recipe: ChatRecipe) -> PLTConfig:
             f"length={recipe.length} is more than the {config.max_position_embeddings} tokens that {recipe.model!r} was made for."
         )
     config.plt_trained_loops = None if counts == [config.plt_num_loops] else list(counts)
-    config._attn_implementation = recipe.attention
     return config
 
 

@@ -1,4 +1,4 @@
-"""What a training returns, and how it is shown on a terminal."""
+"""The result of a training, and how a terminal shows it."""
 
 import shlex
 from dataclasses import dataclass
