@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -357,3 +358,18 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"the disk of .*out is full: make room, and run the same command again"):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_converted_models_have_a_card(tmp_path):
+    """It names no path of this machine."""
+    source = make_source(tmp_path / "source")
+    result = convert(source, tmp_path / "plt", loops=3)
+    convert(tmp_path / "plt", tmp_path / "dense", to="dense")
+    plt, dense = (ModelCard.load(tmp_path / name / "README.md") for name in ("plt", "dense"))
+    assert "Converted from `source` (llama), and not trained since" in plt.text
+    assert "| loops R | 3 |" in plt.text
+    assert (result.folder, result.model_type) == (tmp_path / "plt", "iquestpltcoder")
+    assert "`model_type: llama`" in dense.text
+    assert "parallel-loop-transformer" in plt.data.tags
+    assert "parallel-loop-transformer" not in dense.data.tags
+    assert str(tmp_path) not in plt.text + dense.text

@@ -1,6 +1,5 @@
 """The `parloop` command: one verb, one function, no logic."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -8,7 +7,6 @@ import runpy
 import sys
 import time
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import EvaluationError, ParloopError, PortCheckError, SourceError
+from .errors import EvaluationError, ParloopError, PortCheckError
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
@@ -186,17 +184,6 @@ def _name_files(console: Console, what: str, folder: Path | None, *names: str) -
     """Print where a verb's files are."""
     paths = ", ".join(str(Path(folder or "", name)) for name in names)
     console.print(f"{what}: {paths}", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _naming(recipe: str, changes: dict[str, Any]) -> Iterator[None]:
-    """Say which recipe a source is of that cannot be read, unless it was given as an option."""
-    try:
-        yield
-    except SourceError as error:
-        if changes.keys() & {"source", "chat"}:
-            raise
-        raise SourceError(f"{error} (recipe {recipe!r})") from error
 
 
 @app.command

@@ -59,7 +59,7 @@ def test_full_fine_tuning_learns_the_rule(tuned):
     first, last = result.loss_curve[0][1], result.loss_curve[-1][1]
     assert last < 0.3 < first
     assert result.validation_curve[-1][1] < 0.5
-    assert result.trained_parameters > 30_000
+    assert result.parameters == result.trained_parameters > 30_000
     assert answer(folder, "7 green") == "green green<|im_end|>"  # it stops, too
     assert not list(folder.glob("checkpoint-*"))
     assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -140,7 +140,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(made, tmp_path):
     result = train(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET, on_step=card)
     assert (folder / "README.md").read_text() == "my model card"  # neither TRL nor peft writes its own over it
     assert not (folder / "adapter" / "README.md").exists()
-    assert result.trained_parameters < 20_000
+    assert result.trained_parameters < 20_000 < result.parameters
     assert result.loss_curve[-1][1] < result.loss_curve[0][1] - 1
     base = AutoModelForCausalLM.from_pretrained(made / "base")
     merged = AutoModelForCausalLM.from_pretrained(folder)

@@ -17,11 +17,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from parloop.cli import main
 from parloop.corpus import load_corpus
 from parloop.errors import CheckpointError, OutputError, RecipeError, TrainingDivergedError
 from parloop.model.modeling import PLTForCausalLM
@@ -30,6 +32,7 @@ from parloop.train.build import build_model
 from parloop.train.checkpoint import last_whole_checkpoint, load_weights
 from parloop.train.data import whole_batches
 from parloop.train.export import export
+from parloop.train.result import TrainingResult
 from parloop.train.run import LEFT_OVER, TRAINED_ON, bytes_to_come
 from parloop.train.trainer import drawn_loops
 from parloop.train.training import train
@@ -94,6 +97,83 @@ def test_a_finished_run_is_left_alone(recipe, finished, monkeypatch):
     folder, result = finished
     monkeypatch.setattr("parloop.train.pretrain.build_model", None)
     assert train(recipe, folder, console=QUIET) == result
+
+
+def test_the_result_is_what_the_file_holds(finished):
+    folder, result = finished
+    assert result.folder == folder
+    assert TrainingResult.load(folder) == result == TrainingResult.from_json(result.to_json())
+    content = json.loads((folder / "training.json").read_text())
+    assert content.pop("format") == 1
+    assert TrainingResult.from_json(json.dumps(content)) == result  # of versions that wrote no format
+    with pytest.raises(ValueError, match="its format is 2"):
+        TrainingResult.from_json(json.dumps(content | {"format": 2}))
+    assert f"30 steps, 3,840 tokens, {result.seconds:.0f} s" in result.format()
+
+
+def test_python_and_the_command_line_do_the_same(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PARLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(tmp_path)
+    changed(recipe, tokens=2 * 4 * 32, eval_every=0).save("mine.yaml")
+    result = train("mine.yaml", changes={"loops": [1, 2]}, console=QUIET)
+    assert result.folder == Path("runs/train/mine-r1-2")
+    monkeypatch.setattr(sys, "argv", ["parloop", "train", "mine.yaml", "--loops", "1", "2"])
+    with pytest.raises(SystemExit, match="0"):
+        main()  # finished already
+    assert capsys.readouterr().out == result.format(400)
+    assert "model: runs/train/mine-r1-2\nnext:  parloop generate runs/train/mine-r1-2 'def '" in result.format(400)
+    with pytest.raises(RecipeError, match="a recipe that has no name needs an output folder"):
+        train(recipe, console=QUIET)
+
+
+def test_the_model_card_says_how_the_model_is_loaded(recipe, finished, tmp_path, monkeypatch, capsys):
+    folder, result = finished
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "transformers",
+        "text-generation",
+        "unknown",
+    )
+    text = card.text
+    assert f"with {result.parameters:,} parameters" in text
+    assert "| trained at R | 2 |" in text
+    assert f"| 30 | {result.loss_curve[-1][1]:.4f} | {result.validation_curve[-1][1]:.4f} |" in text
+    assert "| `source0` | 1 |" in text
+    assert str(Path(recipe.source).parent) not in text  # it is made to be published
+    monkeypatch.chdir(folder.parent)
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "def " in capsys.readouterr().out
+
+
+def test_a_model_card_of_others_stays(recipe, corpus, tmp_path):
+    def card(step, loss):
+        (tmp_path / "run" / "README.md").write_text("my model card")
+
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET, on_step=card)
+    assert (tmp_path / "run" / "README.md").read_text() == "my model card"
+    # Also in the folder of a version that left no claim, and wrote no card.
+    for name in ("parloop.json", "training.json"):
+        (tmp_path / "run" / name).unlink()
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert (tmp_path / "run" / "README.md").read_text() == "my model card"
+
+
+def test_another_objective_stands_beside_the_next_token(recipe, corpus, tmp_path, finished, monkeypatch):
+    """It is what is trained; validation losses stay those of the next token."""
+
+    def twice(model, **inputs):
+        output = model(**inputs)
+        assert model.training
+        output.loss = 2 * output.loss
+        return output
+
+    monkeypatch.setattr("parloop.train.pretrain.PLTTrainer.objective", staticmethod(twice))
+    short = changed(recipe, tokens=10 * 4 * 32)
+    result = train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert result.loss_curve[0][1] == pytest.approx(2 * finished[1].loss_curve[0][1], rel=1e-5)
+    assert result.validation_curve[0][1] < result.loss_curve[-1][1] / 1.5
 
 
 class StopError(Exception):
@@ -273,8 +353,7 @@ def test_kill_minus_nine(recipe, finished, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "30 steps" in done.stdout
-    result = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert_same_run(finished, (tmp_path / "run", result))
+    assert_same_run(finished, (tmp_path / "run", TrainingResult.load(tmp_path / "run")))
 
 
 def test_half_a_checkpoint_is_passed_over(recipe, tmp_path):
@@ -623,7 +702,7 @@ def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp
     (tmp_path / "run" / "stream-0000.json").write_text("{}")
     (tmp_path / "run" / LEFT_OVER).write_text('["checkpoint-7", "stream-0000.json", "validation"]')
     result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
-    assert result == json.loads((finished[0] / "training.json").read_text())
+    assert result == TrainingResult.load(finished[0])
     assert not list((tmp_path / "run").glob("checkpoint-*")) + list((tmp_path / "run").glob("stream-*"))
     assert not (tmp_path / "run" / LEFT_OVER).exists()
 
@@ -634,10 +713,12 @@ def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp
 def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, name):
     """Though the run has begun, and some of these names are a run's at times."""
     shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / name).unlink(missing_ok=True)  # of the model card
     (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / name / "mine").write_text("mine")
     with pytest.raises(
-        OutputError, match=rf"holds other things than a run \({name}\), so it is not deleted: move them away"
+        OutputError,
+        match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away",
     ):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / name / "mine").exists()

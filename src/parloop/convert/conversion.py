@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..card import CARD, model_card, shown, table
 from ..corpus.sources import STDLIB
 from ..errors import ConvertError
 from ..folder import check_room, new_folder
@@ -112,16 +113,40 @@ def convert(
     console = console or Console(stderr=True)
     _check_options(to, loops, start, window, hidden_scale, gate_bias, samples)
     with new_folder(out) as scratch:
-        result, rows = _convert(source, scratch, to, loops, start, window, hidden_scale, gate_bias, data, samples, console)
-    result.folder = out
+        result, rows = _convert(
+            source, scratch, out, to, loops, start, window, hidden_scale, gate_bias, data, samples, console
+        )
     if rows:
         result.source_loss, result.loss = opening_loss(out, rows)
+        (out / CARD).write_text(card_of(result, source), encoding="utf-8")
     return result
+
+
+def card_of(result: Converted, source: Path) -> str:
+    """Return the model card of what was converted."""
+    made = f"Loop 1 of the PLT {shown(str(source.absolute()))}, as a dense model."
+    if result.gate_bias is not None:
+        made = (
+            f"Converted from {shown(str(source.absolute()))} ({result.family}), and not trained since: gates at sigmoid({result.gate_bias:g}), "
+            f"c = {result.config.plt_hidden_scale:.4g}. Its loops learn when it is trained on."
+        )
+    elif isinstance(result.config, PLTConfig):
+        made = f"Converted from {shown(str(source.absolute()))} ({result.family}), with one loop."
+    sections = {
+        "How it was made": made,
+        "Licence": f"That of {shown(str(source.absolute()))}: name it in `license` at the top of this file.",
+    }
+    if result.loss is not None:
+        losses = [["loop 1, the source", f"{result.source_loss:.4f}"], ["last loop", f"{result.loss:.4f}"]]
+        sections["Loss"] = "In nats per token, on a sample of text.\n\n" + table(["", "loss"], losses)
+    name = (result.folder or Path()).absolute().name
+    return model_card(name, result.config, sections)
 
 
 def _convert(
     source: Path,
     scratch: Path,
+    out: Path,
     to: str,
     loops: int | None,
     start: str,
@@ -132,7 +157,7 @@ def _convert(
     samples: int,
     console: Console,
 ) -> tuple[Converted, list[torch.Tensor]]:
-    """Convert into a folder that is there; also returns the rows to measure the loss on."""
+    """Convert into a folder that becomes `out`; also returns the rows to measure the loss on."""
     if not source.is_dir():
         raise ConvertError(
             f"source {str(source)!r} is not a folder. For a model of the Hub: hf download OWNER/NAME --local-dir FOLDER"
@@ -183,6 +208,8 @@ def _convert(
     )
     if isinstance(config, PLTConfig) and loops > 1:
         result.gate_bias = gate_bias
+    result.folder = out
+    (scratch / CARD).write_text(card_of(result, source), encoding="utf-8")
     return result, rows
 
 

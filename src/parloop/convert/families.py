@@ -124,7 +124,7 @@ def source_config(source: Path) -> PreTrainedConfig:
 
 
 def _lacks(fields: dict[str, Any]) -> str:
-    """What the PLT's layers lack that these fields are about."""
+    """Say which mechanism that these fields are about the PLT's layers lack."""
     on = [name for name, value in fields.items() if value and name != "chunk_size_feed_forward"]
     missing = sorted({what for name in on for pattern, what in MISSING.items() if re.search(pattern, name)})
     return f"the PLT's layers have no {', no '.join(missing)}" if missing else "the PLT's layers are Llama's, and no others"

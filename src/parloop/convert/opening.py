@@ -1,4 +1,4 @@
-"""What the loops of a converted model start from: gates, the scale of the previous loop's state, and the loss that comes of it."""
+"""The start of a converted model's loops: gates, the scale of the previous loop's state, and the loss that comes of it."""
 
 import math
 from collections.abc import Iterable

@@ -43,7 +43,7 @@ def summarize(
         rows.append(
             Row(
                 arm=arm,
-                parameters=own[0].training.parameters or 0,  # a training on text counts them
+                parameters=own[0].training.parameters,
                 bits_per_byte=losses[arm],
                 difference_to_base=to_base[arm],
                 difference_to_best=to_best[arm],

@@ -24,7 +24,6 @@ def build_model(recipe: Recipe, tokenizer: Any = None, state: PartialState | Non
         CheckpointError: it cannot be read.
     """
     config = recipe.plt_config(tokenizer) if recipe.init_from is None else _config_to_go_on_from(recipe, tokenizer)
-    config._attn_implementation = recipe.attention
     model = empty_model(config, recipe, state or PartialState(cpu=True))
     if recipe.init_from is None:
         fill(model, initial_weights(model, recipe.seed))

@@ -1,4 +1,4 @@
-"""What happens beside training: time is taken, old checkpoints go, c grows, bars move."""
+"""Callbacks of a run: its clock, its old checkpoints, the warm-up of c, progress bars."""
 
 import json
 import shutil

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from transformers import GenerationConfig
+from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.distributed.utils import gather_full_state_dict
 
 from ..errors import CheckpointError
@@ -36,7 +37,7 @@ from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters: independent of how they are grouped
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
 
 
 def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
@@ -126,15 +127,14 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Every process must call it."""
-    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    _quiet(dcp.save, {"optimizer": state}, checkpoint_id=str(folder / OPTIMIZER))
+    """Write the states of optimiser and schedule. Every process must call it."""
+    _quiet(save_optimizer_distributed, model, optimizer, str(folder / OPTIMIZER))
     if main_process():
         torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
 
 def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Every process must call it."""
+    """Read the states of optimiser and schedule into them. Every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     there = FileSystemReader(folder / OPTIMIZER).read_metadata().state_dict_metadata
     saved = {name: value for name, value in state.items() if f"optimizer.{name}" in there}

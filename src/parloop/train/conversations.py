@@ -55,7 +55,7 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
 
 
 def order_of(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """Which rows are trained on: all of them, epoch after epoch, in another order each time, until there are as many as wanted."""
+    """Return the rows to train on: all of them, epoch after epoch, in another order each time, until there are `wanted`."""
     epochs = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(-(-wanted // rows))]
     return np.concatenate(epochs)[:wanted]
 

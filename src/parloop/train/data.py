@@ -21,7 +21,7 @@ TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
 
 
 class TextData:
-    """What a run trains on: a prepared corpus, or a mixture that is streamed.
+    """The rows of a run: those of a prepared corpus, or of a mixture that is streamed.
 
     Attributes:
         tokenizer, validation, digest.

@@ -113,6 +113,8 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
         fit(trainer, run, steps, run.label(counts), summary["digest"])
 
     tuned: Any = trainer.model
+    parameters = sum(p.numel() for p in tuned.parameters())
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     _save(tuned, run, recipe, tokenizer)
     return TrainingResult(
         steps=steps,
@@ -121,7 +123,8 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
         tokens=steps * recipe.batch_size * recipe.length,
         left_out=summary["left_out"],
         processes=state.num_processes,
-        trained_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        parameters=parameters - trained if recipe.lora_rank else parameters,  # adapters are merged into the others
+        trained_parameters=trained,
         **curves(trainer, recipe.batch_size * recipe.length),
     )
 
@@ -139,7 +142,6 @@ def _config(recipe: ChatRecipe) -> PLTConfig:
             f"length={recipe.length} is more than the {config.max_position_embeddings} tokens that {recipe.model!r} was made for."
         )
     config.plt_trained_loops = None if counts == [config.plt_num_loops] else list(counts)
-    config._attn_implementation = recipe.attention
     return config
 
 

@@ -62,13 +62,19 @@ def curves(trainer: Any, step_tokens: int) -> dict[str, Any]:
     Args:
         step_tokens: tokens of a step, over all processes.
     """
-    history = trainer.state.log_history
+    losses, validation = loss_curves(trainer.state.log_history)
     return {
         "seconds": trainer.clock.seconds,
         "tokens_per_second": step_tokens / (trainer.clock.step_seconds() or math.inf),
-        "loss_curve": [[log["step"], log["loss"]] for log in history if "loss" in log],
-        "validation_curve": [[log["step"], log["eval_loss"]] for log in history if "eval_loss" in log],
+        "loss_curve": losses,
+        "validation_curve": validation,
     }
+
+
+def loss_curves(history: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:
+    """Return the training and the validation losses of a Trainer's log, pairs of step and nats per token."""
+    losses, validation = ([[log["step"], log[name]] for log in history if name in log] for name in ("loss", "eval_loss"))
+    return losses, validation
 
 
 def _quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""What a step minimises.
+"""Objectives: what a training step minimises.
 
     next_token      the last loop predicts the next token: L = CE(h_R(t), x(t+1)), the paper's
 

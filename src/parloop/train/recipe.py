@@ -34,7 +34,7 @@ def _(default: Any, doc: str) -> Any:
 
 @dataclass
 class RunSettings:
-    """What every run has: the optimiser (Adam, with the paper's values but for the learning rate), and how it is run."""
+    """Fields of every run: the optimiser (Adam, with the paper's values but for the learning rate), and how it is run."""
 
     batch_size: int = _(8, "rows per optimiser step, over all processes")
     gradient_accumulation: int = _(1, "split a step's rows into this many passes, to save memory")
@@ -121,7 +121,7 @@ class RunSettings:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def placed(self) -> typing.Self:
-        """The same with absolute paths, so that it can be read from anywhere."""
+        """Return the recipe with absolute paths, so that it can be read from anywhere."""
         here = _with_paths(
             {f.name: getattr(self, f.name) for f in fields(self)}, lambda given: _found(given, Path()) or given
         )
@@ -210,7 +210,7 @@ class Recipe(RunSettings):
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What is trained on, with weights: the mixture's entries, or the one source."""
+        """The sources with their weights: the mixture's entries, or the one source."""
         return self.mixture or [{"source": self.source, "weight": 1.0}]
 
     @property
@@ -218,7 +218,7 @@ class Recipe(RunSettings):
         return max(1, round(self.tokens / (self.length * self.batch_size)))
 
     def corpus_settings(self, source: dict | None = None) -> CorpusSettings:
-        """Of the recipe's source, or of one of its mixture."""
+        """Return the settings of the recipe's corpus, or of one source of its mixture."""
         values = {f.name: getattr(self, f.name) for f in fields(CorpusSettings)} | (source or {})
         values.pop("weight", None)
         return CorpusSettings(**(values | {"extensions": tuple(values["extensions"])}))

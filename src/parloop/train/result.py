@@ -1,4 +1,4 @@
-"""What a training returns, and how it is shown on a terminal."""
+"""The result of a training, and how a terminal shows it."""
 
 import shlex
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class TrainingResult(Result):
         tokens_per_second: of the median step, over all processes.
         loss_curve: pairs of step and training loss, in nats per token.
         validation_curve: pairs of step and validation loss, likewise.
-        parameters: of the model, if it was trained on text.
+        parameters: of the model; 0 where an older version did not count them.
         trained_parameters: those that a fine-tuning changes: of LoRA, the adapters'.
         conversations: that were read for a fine-tuning; rows: that they fill.
         left_out: reason -> conversations.
@@ -37,7 +37,7 @@ class TrainingResult(Result):
     tokens_per_second: float
     loss_curve: list[list[float]]
     validation_curve: list[list[float]]
-    parameters: int | None = None
+    parameters: int = 0
     trained_parameters: int | None = None
     conversations: int | None = None
     rows: int | None = None

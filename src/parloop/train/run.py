@@ -32,7 +32,9 @@ from .sharding import first_process_first
 TRAINED_ON = "corpus.json"  # the digest of what is trained on, written when training begins
 RUN = Kind(
     "a run",
-    files=r"recipe\.yaml|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja",
+    files=r"recipe\.yaml|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
+    r"README\.md",
+    later=r"README\.md",
     made=r"corpus\.json|training\.json|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"checkpoint-\d+|runs|adapter|validation|conversations|stream-\d+\.json|diagnosis\.json|evaluation-\d+\.npz|.*\.partial(\.npz)?",
     known=lambda folder: (folder / "recipe.yaml").is_file() and has_begun(folder),

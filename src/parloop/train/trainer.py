@@ -20,7 +20,7 @@ from .sharding import barrier, free_gathered, is_sharded, main_process, mean_ove
 
 
 class LoopedTraining:
-    """What a Trainer needs for a PLT; put it before Trainer, or a subclass of it, among the bases."""
+    """Mixin of Trainers for PLTs. It goes before Trainer, or a subclass of it, among the bases."""
 
     loop_counts: list[int] | None = None  # several: another one at every step
     stream: Any = None  # the loader of a mixture, whose place in the data is saved

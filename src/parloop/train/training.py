@@ -6,9 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
+from ..card import CARD
 from ..checkpoints import load_config
 from ..corpus import Corpus
 from ..errors import RecipeError, SourceError
+from .card import card_of_run
 from .recipe import ChatRecipe, Recipe, load_recipe
 from .result import TrainingResult
 from .run import clear_left_over, close_run, opened_run
@@ -91,7 +93,12 @@ def _train(
         if run.done:
             if state.is_main_process:
                 clear_left_over(output)
-            return TrainingResult.load(output)
+            try:
+                return TrainingResult.load(output)
+            except ValueError as error:
+                raise RecipeError(
+                    f"{TrainingResult.FILE} in {str(output)!r} cannot be read ({error}): start over with --fresh."
+                ) from error
         if isinstance(recipe, ChatRecipe):
             result = finetune.finetune(run, recipe)
         else:
@@ -100,6 +107,8 @@ def _train(
             result = pretrain(run, recipe, corpus)
         result.folder = output
         if run.out is not None:
+            config, losses = load_config(output), (result.loss_curve, result.validation_curve)
+            run.out.offer(CARD, card_of_run(output.absolute().name, recipe, config, *losses, result.parameters))
             close_run(output, result)
         state.wait_for_everyone()
         return result
