@@ -26,11 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..record import printable
 from . import sources
 from .packing import pack
 from .tokenizer import text_ids, train_tokenizer
 
-FORMAT = 2  # raise when what is stored changes
+FORMAT = 3  # raise when what is stored changes
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
 NAMED = 20  # how many left-out files of each reason the summary names
 
@@ -38,7 +39,7 @@ NAMED = 20  # how many left-out files of each reason the summary names
 def default_cache() -> Path:
     """`PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
     base = os.environ.get("PARLOOP_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "parloop")
-    return Path(base).expanduser()
+    return Path(os.path.expanduser(base))
 
 
 def _extension(given: str) -> str:
@@ -193,7 +194,7 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
         documents[split].append({"name": name, "text": text, "bytes": size})
     progress.remove_task(task)
     summary = {
-        "source": settings.source,
+        "source": printable(settings.source),
         "settings": asdict(settings),
         "left_out": dict(left_out.most_common()),
         "left_out_names": names,
@@ -219,7 +220,7 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
 
 def _tables(source: str) -> str:
     """What to do about the tables in a folder, which are not read unless they are asked for."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     endings = {file.suffix for file in sources.files_of(source)} & {".jsonl", ".parquet"} if path.is_dir() else set()
     globs = " or ".join(repr(str(path / "**" / f"*{ending}")) for ending in sorted(endings))
     return globs and f"; for the tables in this folder, give a glob as the source: {globs}"
@@ -229,7 +230,7 @@ def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progr
     if settings.tokenizer is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
             raise sources.SourceError(
                 f"tokenizer {settings.tokenizer!r} cannot be loaded ({error}): give a folder with tokenizer.json, a name of the Hub, "
                 f"or none, and one is trained."
