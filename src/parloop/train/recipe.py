@@ -358,8 +358,10 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
         names = ", ".join(shipped_recipes())
         raise RecipeError(f"recipe {given!r} is neither a file nor one of the shipped recipes ({names}).")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
+    except RecursionError as error:
+        raise RecipeError(f"recipe {str(path)!r} is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the others: of values like 2020-99-01
         raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {str(path)!r} must be a mapping of fields to values.")
@@ -380,7 +382,7 @@ def _mixture_entry(entry: Any) -> dict[str, Any]:
         )
     try:
         weight = float(entry["weight"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
         raise RecipeError(
@@ -390,6 +392,10 @@ def _mixture_entry(entry: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if name in entry and not isinstance(entry[name], kind):
             raise RecipeError(f"mixture: {name}={entry[name]!r} of {entry['source']!r} must be of type {kind.__name__}.")
+    if not all(isinstance(ending, str) for ending in entry.get("extensions", ())):
+        raise RecipeError(f"mixture: extensions={entry['extensions']!r} of {entry['source']!r} must be endings of files.")
+    if entry.get("max_file_bytes", 1) < 1:
+        raise RecipeError(f"mixture: max_file_bytes={entry['max_file_bytes']} of {entry['source']!r} must be at least 1.")
     return entry | {"weight": weight}
 
 
