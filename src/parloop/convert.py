@@ -221,7 +221,7 @@ def _check_options(to, loops, start, window, hidden_scale, gate_bias, samples) -
         ("window", window, type(window) is int and window >= 0, "a number of tokens, at least 0"),
         ("samples", samples, samples >= 0, "at least 0"),
         ("hidden_scale", hidden_scale, hidden_scale is None or math.isfinite(hidden_scale), "a finite number"),
-        ("gate_bias", gate_bias, gate_bias is None or math.isfinite(gate_bias), "a finite number"),
+        ("gate_bias", gate_bias, gate_bias is None or abs(gate_bias) <= 1000, "from -1000 to 1000"),
     ):
         if not allowed:
             raise ConvertError(f"{name}={value!r} must be {what}.")
@@ -239,9 +239,11 @@ def source_config(source: Path) -> PreTrainedConfig:
         ConvertError: it describes something that the PLT's layers cannot compute.
     """
     try:
-        raw = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"source {str(source)!r} has no config.json that can be read ({error}).") from error
+    if not isinstance(raw, dict):
+        raise ConvertError(f"{str(source / 'config.json')!r} holds no JSON object, so it describes no model.")
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         known = ", ".join(name for name in FAMILIES if name != PLTConfig.model_type)
@@ -363,7 +365,7 @@ def _weight_files(source: Path) -> dict[Path, dict[str, tuple[str, list[int]]]]:
                     for name, view in views.items()
                     if (names is None or names.get(name) == path.name) and not UNUSED.search(name)
                 }
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, ConvertError):
             raise
         raise ConvertError(f"the weights in {str(source)!r} cannot be read: {error}") from error
@@ -492,7 +494,7 @@ def _sample_rows(source: Path, data: str, samples: int, longest: int) -> list[to
     """Rows of tokens of a text, [1, T] each."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         raise ConvertError(
             f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({error})."
         ) from error

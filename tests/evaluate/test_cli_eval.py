@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import tiny_model
 
 from parloop import cli
 from parloop.errors import EvaluationError
@@ -24,7 +24,7 @@ def parloop(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         run, "check", lambda *_: [Check("50 GB of disk", True), Check("Docker, running", False, "install [Docker]")]
     )
-    tiny_config(plt_num_loops=2).save_pretrained("tiny")
+    tiny_model(plt_num_loops=2).save_pretrained("tiny")
     Path("empty").mkdir()
 
     def parloop(*arguments):

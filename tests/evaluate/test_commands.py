@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_model
 
 from parloop.errors import EvaluationError
 from parloop.evaluate import agents, run
@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check", lambda *_: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny_config(plt_num_loops=2).save_pretrained("tiny")
+    tiny_model(plt_num_loops=2).save_pretrained("tiny")
     for folder in ("swe", "contests/LiveCodeBench/lcb_runner"):
         Path(folder).mkdir(parents=True)
     for file in ("contests/data.jsonl", "held.jsonl"):

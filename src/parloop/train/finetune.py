@@ -19,12 +19,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from ..corpus import sources
 from ..corpus.chat import Chat, load_chat
 from ..errors import RecipeError
-from ..generate import load_config, load_model, load_part, local_folder
+from ..generate import check_weights, load_config, load_model, load_part, local_folder
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
@@ -70,6 +70,7 @@ def finetune(
         raise RecipeError(f'fine-tuning needs TRL and peft ({error}): pip install "parloop[finetune]".') from error
     output = Path(output)
     config = _config(recipe)  # before anything is written, or deleted
+    check_weights(recipe.model)
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
@@ -261,8 +262,8 @@ def _lora(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
 
 
 def _stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
-    file = folder / "generation_config.json"
-    given = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    name = "generation_config.json"
+    given = load_part(GenerationConfig, folder, name).eos_token_id if (folder / name).is_file() else None
     stops: set[int] = set()
     for ids in (given, config.eos_token_id, tokenizer.eos_token_id):
         stops |= set(ids) if isinstance(ids, (list, tuple)) else set() if ids is None else {ids}

@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from ..corpus import Corpus, Mixture, Part, StreamLoader, collate, load_corpus, 
 from ..corpus.stream import what_was_read
 from ..corpus.tokenizer import document_ids
 from ..errors import RecipeError
-from ..generate import load_config, load_part, local_folder
+from ..generate import check_weights, load_config, load_part, local_folder
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
@@ -149,7 +150,7 @@ def train(
     """
     output = Path(output)
     if recipe.init_from is not None:
-        load_config(recipe.init_from)  # raises: it is not there
+        check_weights(recipe.init_from)  # before anything is prepared
     state = start_processes(recipe)
     main = state.is_main_process
     console = console or Console(stderr=True, quiet=not main)
@@ -426,7 +427,7 @@ def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
         read |= {f"source {entry['source']!r}": entry["source"] for entry in recipe.sources}
     for name, place in read.items():
         # Of a glob, the folder before its first wildcard.
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(place or "").expanduser().parts)
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(os.path.expanduser(place or "")).parts)
         there = Path(*fixed) if place else None
         if there is not None and there.exists() and there.resolve().is_relative_to(output.resolve()):
             raise RecipeError(f"output {str(output)!r} holds what is read ({name}): choose another output.")
