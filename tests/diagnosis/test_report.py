@@ -22,6 +22,7 @@ from parloop.diagnosis.checkpoint import diagnose_checkpoint, save_results
 from parloop.diagnosis.lenses import LENSES
 from parloop.diagnosis.tokens import token_view
 from parloop.errors import SourceError
+from parloop.record import command_line
 from parloop.report.page import labelled, write_diagnosis_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -161,6 +162,25 @@ def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
     assert "One loop: there is nothing to compare yet." in text
     assert "figure-scissors" not in text
     assert "figure-hidden" in text
+
+
+def test_names_that_are_not_utf8_are_replaced_in_the_report(made, tmp_path, monkeypatch):
+    """Of the text's folder, of documents in it, and in the command."""
+    named = tmp_path / os.fsdecode(b"t\xffxt")
+    shutil.copytree(made / "text", named)
+    for path in named.rglob("*.py"):
+        path.rename(path.with_name(os.fsdecode(b"\xfe") + path.name))
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", "--data", str(named)])
+    record = diagnose_checkpoint(made / "r2", data=str(named), samples=3, length=32, device="cpu")
+    save_results([record], tmp_path, command_line())
+    text = write_diagnosis_report([record], tmp_path, command_line()).read_text(encoding="utf-8")
+    assert re.search(r"/t\?xt/package_\d/\?module_\d+\.py", record["tokens"]["document"])
+    for part in (
+        record["tokens"]["document"],
+        f"parloop diagnose --data &#39;{tmp_path}/t?xt&#39;",
+        record["settings"]["data"],
+    ):
+        assert part in text
 
 
 def parloop(*arguments, cwd):

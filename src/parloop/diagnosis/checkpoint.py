@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from ..corpus.corpus import CorpusSettings
 from ..corpus.samples import draw_samples, padded_batches
 from ..corpus.sources import STDLIB
-from ..errors import CheckpointError, DiagnosisError
-from ..generate import load_model
-from ..record import environment, write_json
+from ..errors import DiagnosisError
+from ..generate import load_model, load_part
+from ..record import environment, printable, write_json
 from ..train.recipe import Recipe, load_recipe
 from .diagnosis import diagnose
 from .lenses import LENSES
@@ -69,10 +69,7 @@ def diagnose_checkpoint(
         raise DiagnosisError(
             f"--length {length} is more than the {longest} tokens that {str(checkpoint)!r} was made for: use at most {longest}."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
+    tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
     recipe_file = Path(checkpoint, "recipe.yaml")
     recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
     trained_on = sorted(recipe.sources, key=lambda part: -part["weight"]) if isinstance(recipe, Recipe) else []
@@ -102,7 +99,7 @@ def diagnose_checkpoint(
         )
     shown = max(rows[: min(8, len(rows))], key=lambda row: len(row.ids))
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": printable(checkpoint),
         "diagnosis": diagnosis.to_dict(),
         "sample_hash": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:16],
         "verdict": give_verdict(diagnosis).to_dict(),
@@ -117,7 +114,7 @@ def diagnose_checkpoint(
             "layers": model.config.num_hidden_layers,
             "heads": model.config.num_attention_heads,
             "window_tokens": model.config.window_tokens,
-            "data": settings.source,
+            "data": printable(settings.source),
             "held_out_only": own,
             "samples": diagnosis.samples,
             "length": length,
