@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..errors import BenchError
+from ..generate import usable_device
 from ..model.configuration import PLTConfig
 from ..record import command_line, environment, write_json
 from ..report.terminal import progress_bars
@@ -60,14 +61,13 @@ def run_bench(
 
     Raises:
         BenchError: impossible settings, too little memory, or a folder with another bench.
-        CheckpointError: no PLT checkpoint.
+        CheckpointError: no PLT checkpoint, or no such device.
     """
     console = console or Console()
     if checkpoint is not None and shape is not None:
         raise BenchError(f"both a checkpoint ({checkpoint}) and --shape {shape} are given: leave one out.")
     shape = "600m" if checkpoint is None and shape is None else shape
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
     counts = tuple(sorted({1, *(loops or (1, 2, 3, 4))}))
     before = torch.get_num_threads()
     settings = Settings(checkpoint, shape, counts, device=device, threads=before if threads is None else threads, **others)
@@ -101,14 +101,17 @@ def earlier_results(folder: Path, settings: Settings) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.exists():
         return {}
-    results = json.loads(path.read_text())
     now = {"settings": settings.as_json(), "environment": environment()}
-    changed = [
-        f"{name} was {results.get(part, {}).get(name)}, is {value}"
-        for part, values in now.items()
-        for name, value in values.items()
-        if results.get(part, {}).get(name) != value
-    ]
+    try:
+        results = json.loads(path.read_text())
+        changed = [
+            f"{name} was {results.get(part, {}).get(name)}, is {value}"
+            for part, values in now.items()
+            for name, value in values.items()
+            if results.get(part, {}).get(name) != value
+        ]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BenchError(f"{path} is no bench's ({error}): choose another --output, or --fresh to start over.") from error
     if changed:
         raise BenchError(
             f"{folder} holds a bench that differs ({'; '.join(changed)}): choose another --output, or --fresh to start over."
