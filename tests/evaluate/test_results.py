@@ -1,6 +1,7 @@
 """Files of results: what tells measurements apart, whose a folder is, what is loaded, and what is put side by side."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,29 @@ def test_a_file_that_is_no_result(tmp_path, content, why):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_text(content)
     with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): take it away"):
+        load_results([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"items": [1]}, {"items": {"a": "b"}}, {"items": {"a": math.nan}}, {"value": "x"}, {"value": math.inf}, {"weights": [1]},
+        {"weights": {"a": None}}, {"benchmark": ["bfcl_v3"]}, {"settings_hash": {}}, {"unit": 3}, {"settings": []},
+        {"model": {"loops": "1", "name": "x"}}, {"model": {"loops": 1, "name": 3}}, {"model": []}, {"value": 10**400},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_with_values_of_another_kind(tmp_path, change):
+    saved(tmp_path)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+        load_results([tmp_path])
+
+
+def test_a_result_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "result.json").write_text("[" * 50_000)
+    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
         load_results([tmp_path])
 
 

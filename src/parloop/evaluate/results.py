@@ -134,8 +134,8 @@ def load_results(folders: list[Path]) -> list[dict[str, Any]]:
                 content = dict(json.loads(path.read_text()))
                 if missing := FIELDS - content.keys():
                     raise ValueError(f"it has no {sorted(missing)[0]}")
-                content["model"]["loops"], content["model"]["name"]
-            except (ValueError, KeyError, TypeError) as error:
+                _see_numbers(content)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise EvaluationError(
                     f"{str(path)!r} is no result of parloop eval ({error}): take it away, and run parloop eval again if it was one."
                 ) from error
@@ -143,6 +143,19 @@ def load_results(folders: list[Path]) -> list[dict[str, Any]]:
     if not found:
         raise EvaluationError(f"no result below {', '.join(map(str, folders))}: run parloop eval first.")
     return list(found.values())
+
+
+def _see_numbers(content: dict[str, Any]) -> None:
+    """Raises ValueError, or whatever else a content of another form does: it is none of a result's."""
+    loops, name = content["model"]["loops"], content["model"]["name"]
+    if not all(isinstance(text, str) for text in (content["benchmark"], content["unit"], content["settings_hash"], name)):
+        raise ValueError("a name is no text")
+    if loops is not None and type(loops) is not int:
+        raise ValueError(f"loops={loops!r} is no number of loops")
+    for score in (content["value"], *content["items"].values(), *(content["weights"] or {}).values()):
+        if not math.isfinite(score):
+            raise ValueError(f"{score} is no score")
+    content["settings"].get("limit")
 
 
 def groups(results: list[dict[str, Any]]) -> list[Group]:
