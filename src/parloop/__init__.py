@@ -2,6 +2,14 @@
 
 # ruff: noqa: E402
 import logging
+import os.path
+import signal
+import sys
+
+# Imports take seconds. Until the command's main is reached, Ctrl-C ends it as it ends other programs, without a traceback.
+_started = "".join(sys.orig_argv[-len(sys.argv) :][:1])  # the word of the command line that says what is run
+if os.path.basename(_started) == "parloop" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Where torchao is installed without a GPU, importing transformers makes it tell of every GPU library that it could not load.
 _level = logging.root.manager.disable

@@ -122,7 +122,7 @@ def server_options(arguments: Sequence[str]) -> dict[str, Any]:
 def _json_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -138,5 +138,5 @@ def _check_port(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ServeError(f"host={host!r}, port={port} cannot be listened at ({error}): use another port.") from error

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     """
     if engine not in ENGINES:
         raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(ENGINES)}.")
+    check_port(arguments)
     released = load_config(checkpoint)
     trained = released.plt_num_loops
     loops, overrides, arguments = loop_count(loops, trained, arguments)
@@ -74,6 +76,15 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     serve_with_transformers(checkpoint, num_loops=loops, arguments=rest, **vars(known))
 
 
+def check_port(arguments: list[str]) -> None:
+    """Before the model is loaded, whatever the engine. Raises ServeError: --port is none."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--port", nargs="?", default="8000", const="")
+    port = options.parse_known_args(arguments)[0].port
+    if not (re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
+        raise ServeError(f"--port {port!r} must be a number from 1 to 65535, or 0 for one that is free.")
+
+
 def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:
     """R, what `--hf-overrides` changes besides, and the other arguments."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -81,7 +92,7 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
     known, rest = options.parse_known_args(arguments)
     try:
         overrides = dict[str, Any](json.loads(known.hf_overrides))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ServeError(
             f'--hf-overrides {known.hf_overrides!r} is not JSON ({error}): {{"plt_num_loops": 1}} would be.'
         ) from error
