@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from parloop.statistics import Interval, bits_per_byte, choose, paired_difference, resample_weights
+from parloop.statistics import (
+    Interval,
+    bits_per_byte,
+    bootstrap_mean,
+    choose,
+    mcnemar,
+    paired_difference,
+    resample_weights,
+    wilson,
+)
 
 
 def rng():
@@ -90,3 +99,20 @@ def test_seeds_widen_the_interval():
 )
 def test_the_rule(losses, lows, expected):
     assert choose(losses, {n: Interval(losses[n] - min(losses.values()), lows[n], 1.0) for n in losses}) == expected
+
+
+def test_nothing_is_said_of_nothing():
+    """And not a warning, a NaN or a number of somebody else's."""
+    for call, message in [
+        (lambda: bootstrap_mean(np.array([])), "there are no values"),
+        (lambda: resample_weights(0, 1, rng()), "0 documents and 1 seeds"),
+        (lambda: resample_weights(3, 0, rng()), "3 documents and 0 seeds"),
+        (lambda: wilson(0, 0), "0 of 0 items"),
+        (lambda: wilson(-1, 5), "-1 of 5 items"),
+        (lambda: wilson(6, 5), "6 of 5 items"),
+        (lambda: mcnemar(np.array([True]), np.array([True, False])), r"items \(1,\), the other \(2,\)"),
+        (lambda: choose({}, {}), r"losses of \[\]"),
+        (lambda: choose({1: 2.0, 2: 1.9}, {1: Interval(0.1, 0.0, 0.2)}), r"losses of \[1, 2\] and differences of \[1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -133,6 +133,8 @@ def test_the_weights_of_a_quantised_checkpoint_are_another_tools_business(checkp
         ["eval", "held_out", "CK"],
         ["eval", "held_out", "CK", "--plan"],
         ["convert", "CK", "--to", "dense", "--out", "dense"],
+        ["export", "CK", "--to", "mlx", "--out", "mlx"],
+        ["export", "CK", "--to", "gguf", "--out", "gguf"],
         ["train", "quick", "--init-from", "CK", "--output", "run"],
         ["train", "chat", "--model", "CK", "--chat", "talks.jsonl", "--length", "64", "--output", "run"],
     ],
@@ -149,7 +151,7 @@ def test_every_verb_refuses_them(checkpoint, tmp_path, monkeypatch, capsys, argu
     assert done.value.code == 2
     assert "model.layers.1.mlp.up_proj.weight" in said.err
     assert "LOAD REPORT" not in said.err
-    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder}
 
 
 def test_the_library_alone_reports_and_loads(checkpoint, tmp_path, caplog):

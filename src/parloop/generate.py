@@ -64,7 +64,8 @@ def check_weights(checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: they are not, or cannot be read.
     """
-    if getattr(load_config(checkpoint), "quantization_config", None) is None:
+    config = load_config(checkpoint)
+    if not any(hasattr(config, name) for name in ("quantization_config", "quantization")):  # the latter is MLX's
         load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, device_map="meta")
 
 
@@ -108,6 +109,8 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
         return kind.from_pretrained(checkpoint, **options)
     except ParloopError:
         raise
+    except ImportError as error:  # bitsandbytes, flash-attn: nothing is wrong with the files
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {_first_line(error)}.") from error
     except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         if folder.is_dir():
             reason = _no_json_object(folder, TOKENIZER_FILES if kind is AutoTokenizer else MODEL_FILES) or _first_line(error)

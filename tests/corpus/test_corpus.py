@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from parloop.corpus import CorpusSettings, collate, load_corpus, pack, sources, text_ids, train_tokenizer
-from parloop.corpus.samples import draw_samples
+from parloop.corpus.samples import samples_of
 from parloop.corpus.sources import read
 from parloop.errors import SourceError
 
@@ -338,7 +338,7 @@ def test_special_tokens_written_in_a_text_are_text(tmp_path):
     assert not (ids == corpus.tokenizer.pad_token_id).any()
     assert text_ids(corpus.tokenizer, "<|eos|>") != [2]
     assert corpus.tokenizer("<|eos|>")["input_ids"] == [1, 2]  # prompts may still use them
-    samples = draw_samples(settings(folder), corpus.tokenizer, 2000, 8, held_out=False)
+    samples = samples_of(settings(folder), corpus.tokenizer, 2000, 8, held_out=False)
     assert not any({0, 2} & set(sample.ids) for sample in samples)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from parloop import make_cache
 
@@ -181,3 +183,59 @@ def test_packed_rows_are_refused_where_flash_attention_would_mix_them():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     with pytest.raises(ValueError, match=r"batches of one row only.*flex_attention"):
         model(random_ids(2, 6), position_ids=positions)
+
+
+@pytest.mark.parametrize("R", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "extended"])
+def test_rows_of_a_cache_are_repeated_and_selected(R, kind):
+    """Contrastive search and best-of-n with a shared prompt: one prompt's cache for several rows, then some of them."""
+    model = tiny_model(plt_num_loops=R)
+    ids, more = random_ids(2, 9), random_ids(6, 4, seed=1)
+    if kind == "extended":
+        cache = DynamicCache()
+    else:
+        cache = make_cache(model.config, max_cache_len=32 if kind == "static" else None)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        rows = ids.repeat_interleave(3, dim=0)
+        whole = model(torch.cat((rows, more), dim=1), use_cache=False).logits
+        for t in range(2):
+            step = model(more[:, t : t + 1], past_key_values=cache).logits
+            torch.testing.assert_close(step, whole[:, 9 + t : 10 + t], **EXACT)
+        kept = torch.tensor([5, 0])
+        cache.batch_select_indices(kept)
+        step = model(more[kept, 2:4], past_key_values=cache).logits
+        torch.testing.assert_close(step, whole[kept, 11:13], **EXACT)
+
+
+class Reads(TorchDispatchMode):
+    """Values that Python asks of tensors: on a GPU each makes the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("w", [0, 4])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_a_step_of_a_left_padded_batch_reads_nothing_from_the_device(R, w, attn):
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], attn=attn)
+    rows = [random_ids(n, seed=n) for n in (2, 7)]
+    ids, mask = left_padded(rows)
+    new = random_ids(2, 6)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for t in range(6):
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+            with Reads() as reads:
+                logits = model(new[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits
+            assert reads.count == 0
+            for row, text in enumerate(rows):
+                alone = model(torch.cat((text, new[row, : t + 1]))[None], use_cache=False).logits
+                torch.testing.assert_close(logits[row, -1], alone[0, -1], **EXACT)

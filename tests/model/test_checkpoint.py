@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import CASES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import parloop
 from parloop import PLTConfig, PLTForCausalLM, PLTModel
 
 BAD = [
@@ -105,13 +108,88 @@ def test_loads_by_name_and_wins_over_auto_map(tmp_path, trust_remote_code):
     assert type(AutoModel.from_pretrained(source, **options)) is PLTModel
 
 
-def test_registering_does_not_break_on_a_native_class():
-    """A later transformers may bring its own class under this name."""
-    import importlib
+def test_a_configuration_has_an_auto_map_for_those_who_read_it(tmp_path):
+    """TRL and others read it of every model that transformers does not bring itself. Empty, it is not written."""
+    from trl.trainer.utils import create_model_from_path
 
-    import parloop
+    model = tiny_model(dtype=torch.float32)
+    assert model.config.auto_map == {}
+    model.save_pretrained(tmp_path / "new")
+    assert "auto_map" not in json.loads((tmp_path / "new/config.json").read_text())
 
-    importlib.reload(parloop)
+    loaded = create_model_from_path(str(tmp_path / "new"))
+    assert type(loaded) is PLTForCausalLM
+    assert loaded.config.auto_map == {}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "new/config.json").read_text()
+    read, asked = (AutoConfig.from_pretrained(tmp_path / "new") for _ in range(2))
+    assert asked.auto_map == {}
+    assert asked == read
+
+
+def test_an_auto_map_that_a_file_or_a_user_gave_is_kept(tmp_path):
+    """Each configuration has its own: what one is given, another does not get."""
+    given = {"AutoModelForCausalLM": "modeling.Model"}
+    source = copy_case(CASES[0], tmp_path, auto_map=given)
+    config = AutoConfig.from_pretrained(source)
+    assert config.auto_map == given
+    config.save_pretrained(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept/config.json").read_text())["auto_map"] == given
+
+    config = tiny_config()
+    config.auto_map["AutoConfig"] = "configuration.Config"  # as register_for_auto_class() does when a model is saved
+    assert tiny_config().auto_map == {}
+    config.save_pretrained(tmp_path / "given")
+    assert json.loads((tmp_path / "given/config.json").read_text())["auto_map"] == {"AutoConfig": "configuration.Config"}
+
+
+ORDERS = {  # of imports, and what is there at once
+    "transformers first": "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM; import parloop",
+    "parloop first": "import parloop; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a class of ours first": "from parloop import PLTForCausalLM; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a module of ours first": "import parloop.model.modeling; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a native class there before": """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+class Native(LlamaConfig):
+    model_type = "iquestpltcoder"
+class NativeModel(LlamaModel):
+    config_class = Native
+class NativeForCausalLM(LlamaForCausalLM):
+    config_class = Native
+AutoConfig.register("iquestpltcoder", Native)
+AutoModel.register(Native, NativeModel)
+AutoModelForCausalLM.register(Native, NativeForCausalLM)
+import parloop
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_find_the_model_in_any_order_of_imports(order):
+    """Also where a later transformers brings its own class under this name: ours is exact."""
+    program = f"""{ORDERS[order]}
+for auto, name in ((AutoModel, "PLTModel"), (AutoModelForCausalLM, "PLTForCausalLM")):
+    model = auto.from_pretrained({str(CASES[0])!r})
+    assert type(model) is getattr(parloop, name), type(model)
+assert type(AutoConfig.from_pretrained({str(CASES[0])!r})) is parloop.PLTConfig
+"""
+    if "import parloop" not in program:
+        program = f"import parloop\n{program}"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_torchao_does_not_complain_of_a_machine_without_a_gpu():
+    program = "import parloop; from transformers import AutoModelForCausalLM; import torchao"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "Failed to load" not in result.stderr
+
+
+def test_importing_the_package_imports_no_torch():
+    program = "import sys, parloop; assert not {'torch', 'transformers'} & set(sys.modules); parloop.PLTConfig; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'PLTForCausalLLM'"):
+        parloop.PLTForCausalLLM  # noqa: B018
+    assert {"PLTForCausalLM", "diagnose", "make_cache"} <= set(dir(parloop))
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)

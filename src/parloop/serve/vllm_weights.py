@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..model.configuration import PLTConfig
+from ..model.configuration import GATE, GATE_ALIASES, PLTConfig
 
-GATE_ALIASES = {".loop_gate_proj.": ".plt_gate."}
 COMPUTED = "rotary_emb.inv_freq"  # old Llama files keep it
 HEAD = "lm_head.weight"
 
@@ -31,8 +30,8 @@ def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
         norms |= {"self_attn.q_norm": K, "self_attn.k_norm": K}
     if config.plt_num_loops > 1:
         hidden = config.plt_gate_use_hidden_states
-        linear["self_attn.plt_gate"] = (H, D if hidden else K, True)
-        norms |= {"self_attn.plt_gate.gate_norm": D} if hidden else {}
+        linear[f"self_attn.{GATE}"] = (H, D if hidden else K, True)
+        norms |= {f"self_attn.{GATE}.gate_norm": D} if hidden else {}
     layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
     for name, (out, inputs, bias) in linear.items():
         layer |= {f"{name}.weight": (out, inputs)} | ({f"{name}.bias": (out,)} if bias else {})
@@ -56,9 +55,9 @@ def checked(
     shapes, seen = shapes_of(config), set()
     for given, tensor in weights:
         name = given
-        for alias, ours in GATE_ALIASES.items():
-            name = name.replace(alias, ours)
-        gate, tied_head = ".plt_gate." in name, name == HEAD and config.tie_word_embeddings
+        for alias in GATE_ALIASES:
+            name = name.replace(f".{alias}.", f".{GATE}.")
+        gate, tied_head = f".{GATE}." in name, name == HEAD and config.tie_word_embeddings
         if COMPUTED in name or tied_head or (gate and config.plt_num_loops == 1):
             yield given, tensor
             continue
@@ -71,8 +70,8 @@ def checked(
         seen.add(name)
         yield given, tensor
     missing = shapes.keys() - seen
-    if gates_may_lack and not any(".plt_gate." in name for name in seen):
-        missing = {name for name in missing if ".plt_gate." not in name}
+    if gates_may_lack and not any(f".{GATE}." in name for name in seen):
+        missing = {name for name in missing if f".{GATE}." not in name}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{is_what} the files lack {min(missing)}{more}: correct it, or take the files that belong to it.")
