@@ -29,6 +29,42 @@ def test_bits_per_byte_of_a_constant_loss():
     assert interval.as_list() == pytest.approx([2.0, 2.0, 2.0])
 
 
+def test_intervals_are_plain_numbers():
+    """Which JSON and YAML can hold."""
+    weights = resample_weights(2, 1, rng())
+    for interval in (bits_per_byte(np.ones((1, 2)), np.array([1, 2]), weights), bootstrap_mean(np.arange(3.0))):
+        assert {type(number) for number in interval.as_list()} == {float}
+
+
+def test_seeds_count_alike():
+    """The ratio of what all seeds lost to all bytes that they read; its interval against resamples laid out."""
+    sizes = np.array([100, 300])
+    bits = np.array([[1.0, 2.0], [1.5, 2.5], [5.0, 6.0]]) * sizes
+    weights = resample_weights(2, 3, rng())
+    laid_out = weights.by_seed[:, :, None] * weights.by_document.astype(int)[:, None, :]
+    resampled = (laid_out * bits).sum((1, 2)) / (laid_out * sizes).sum((1, 2))
+    expected = [(1.75 + 2.25 + 5.75) / 3, *np.quantile(resampled, [0.025, 0.975])]
+    assert bits_per_byte(bits * math.log(2), sizes, weights).as_list() == pytest.approx(expected)
+
+
+def test_the_interval_of_a_mean():
+    """Of two values a draw of two has either twice, or both; of many, about what the normal distribution says."""
+    assert bootstrap_mean(np.array([1.0, 4.0])).as_list() == [2.5, 1.0, 4.0]
+    values = rng().normal(3.0, 2.0, 400)
+    error = 1.96 * values.std() / math.sqrt(400)
+    expected = [values.mean(), values.mean() - error, values.mean() + error]
+    assert bootstrap_mean(values).as_list() == pytest.approx(expected, abs=0.02)
+    again = [bootstrap_mean(values[:n]) for n in (400, 10, 20, 30, 40, 50, 400)]
+    assert again[0] == again[-1]  # the same resamples for everybody, kept or drawn anew
+
+
+def test_one_value_has_no_interval():
+    interval = bootstrap_mean(np.array([7.0]))
+    assert interval.value == 7.0
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+
+
 def test_large_documents_weigh_more():
     sizes = np.array([100, 300])
     nll = np.array([[1.0, 2.0]]) * sizes * math.log(2)

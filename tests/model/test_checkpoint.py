@@ -36,6 +36,7 @@ BAD = [
     ({"hidden_act": "swish2"}, "hidden_act='swish2' is not known"),
     ({"rope_scaling": {"rope_type": "yaarn"}}, "rope_type='yaarn', which transformers does not know"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling=.*'linear'.* lacks a field: .*'factor'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer of at least 1"),
     ({"dtype": "foo"}, "dtype='foo' is none that a model can have: use 'bfloat16'"),
     ({"dtype": "int8"}, "dtype='int8' is none"),
@@ -55,6 +56,66 @@ BAD = [
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
     ({"pad_token_id": 61}, "pad_token_id=61 must be one of the vocab_size=61 token ids"),
     ({"pad_token_id": "x"}, "pad_token_id='x' must be one of"),
+    *(
+        ({name: value}, f"{name}={value!r} must be an integer of at least 1")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        for value in (0, -1, 1.0, "8", None)
+    ),
+    *(({"head_dim": value}, f"head_dim={value!r} must be an even integer of at least 2") for value in (0, -2, 1, 8.0, "8")),
+    *(
+        ({"num_key_value_heads": value}, f"num_key_value_heads={value!r} must be a positive")
+        for value in (0, -1, 8, 2.0, "2")
+    ),
+    *(
+        (
+            {"num_attention_heads": value, "num_key_value_heads": 1, "head_dim": None},
+            "must be a positive divisor of hidden_size=32",
+        )
+        for value in (0, -4, 3, 4.0, "4")
+    ),
+    *(
+        ({"plt_num_loops": value}, f"plt_num_loops={value!r} must be an integer of at least 1")
+        for value in (-1, True, "2", None)
+    ),
+    *(
+        ({"plt_trained_loops": value}, "must be a list of loop counts, each at least 1, or null")
+        for value in ([], "12", {1, 2}, 3)
+    ),
+    *(
+        ({"plt_trained_loops": [2, value]}, f"plt_trained_loops: each={value!r} must be an integer")
+        for value in (0, True, 2.0)
+    ),
+    *(({"plt_offset": value}, f"plt_offset={value!r} must be an integer of at least 0") for value in (-1, True, 1.0, None)),
+    *(
+        ({"plt_window_size": value}, r"must be \[w, 0\] with w >= 0")
+        for value in ([4, -1], [True, 0], [4, False], [4, 0.0], ["4", 0], "40", [4, 0, 0], [], {"4": 0, "5": 0})
+    ),
+    *(
+        ({name: value}, f"{name}={value!r} must be a number, or null")
+        for name in ("plt_emb_scale", "plt_hidden_scale")
+        for value in (True, False, "1")
+    ),
+    *(
+        ({name: value}, f"{name}={value!r} must be true or false")
+        for name in ("plt_normalize_per_loop", "attention_bias", "mlp_bias", "qk_norm")
+        for value in (1, 0, None, "true")
+    ),
+    *(({"plt_gate_use_hidden_states": value}, "is not a known gate mode") for value in (1, 0, None)),
+    *(({"attention_output_bias": value}, "must be true, false, or null") for value in (2, "true", [])),
+]
+GOOD = [
+    {"vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "max_position_embeddings": 1},
+    {"hidden_size": 1, "head_dim": 2},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 4},
+    {"num_attention_heads": 3, "num_key_value_heads": 3},  # no divisor of the hidden size: head_dim says how wide they are
+    {"plt_num_loops": 1},
+    *({"plt_trained_loops": value} for value in (None, [1], (1, 3))),
+    *({"plt_window_size": value} for value in ([0, 0], (3, 0))),
+    *({"plt_emb_scale": value, "plt_hidden_scale": value} for value in (None, 0, 1, -0.5)),
+    *({"attention_output_bias": value} for value in (None, True, False)),
+    *({"eos_token_id": value} for value in (None, 3, [3, 4])),
+    {"hidden_act": "gelu"},
 ]
 
 
@@ -64,11 +125,50 @@ def test_bad_configurations_are_refused_by_name(change, message):
         tiny_config(**change)
 
 
+@pytest.mark.parametrize("change", GOOD, ids=str)
+def test_configurations_at_the_edge_of_what_is_possible(change):
+    config = tiny_config(**change)
+    assert {name: getattr(config, name) for name in change} == change
+
+
+def test_what_follows_from_other_fields():
+    config = tiny_config(
+        num_key_value_heads=None, head_dim=None, num_attention_heads=4, hidden_size=48, plt_window_size=None
+    )
+    assert (config.num_key_value_heads, config.head_dim, config.plt_window_size) == (4, 12, [64, 0])
+    assert tiny_config(eos_token_id=(3, 4)).eos_token_id == [3, 4]
+    assert tiny_config(plt_num_loops=3).trained_loops == [3]
+    assert tiny_config(plt_num_loops=3, plt_trained_loops=(1, 2)).trained_loops == [1, 2]
+    for both, output, expected in ((False, None, False), (True, None, True), (True, False, False), (False, True, True)):
+        assert tiny_config(attention_bias=both, attention_output_bias=output).output_bias is expected
+
+
+def test_configurations_are_equal_if_their_fields_are(tmp_path):
+    assert tiny_config() == tiny_config()
+    tiny_config().save_pretrained(tmp_path)
+    loaded = PLTConfig.from_pretrained(tmp_path)
+    assert loaded == tiny_config()
+    assert json.dumps(loaded.to_dict()) == json.dumps(tiny_config().to_dict())
+    assert tiny_config() != tiny_config(plt_num_loops=3)
+    assert tiny_config() != tiny_config().to_dict()
+
+
 def test_fields_set_later_are_checked_too(tmp_path):
     config = tiny_config()
+    for change, message in BAD:
+        if len(change) > 1 or change.keys() & {"rope_scaling", "rope_theta"}:  # names in files only
+            continue
+        before = config.to_dict()
+        with pytest.raises(ValueError, match=message):
+            setattr(config, *next(iter(change.items())))
+        assert config.to_dict() == before
     with pytest.raises(ValueError, match="plt_num_loops=0"):
-        config.plt_num_loops = 0
-    assert config.plt_num_loops == 2
+        config.num_loops = 0
+    with pytest.raises(ValueError, match="yaarn"):
+        config.rope_parameters = {"rope_type": "yaarn", "rope_theta": 1e4}
+    assert config == tiny_config()
+    config.plt_num_loops = 5
+    assert config.num_loops == 5
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="plt_window_size"):
         AutoConfig.from_pretrained(tmp_path, plt_window_size=[3, 3])

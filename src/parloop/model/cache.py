@@ -95,7 +95,7 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
             "with parloop.make_cache(model.config), or pass an empty DynamicCache()."
         )
     n = carries(config, R)
-    if len(cache.layers) == L * R + n and (n == 0 or isinstance(cache.layers[-1], CarryLayer)):
+    if len(cache.layers) == L * R + n and (R == 1 or isinstance(cache.layers[-1], (CarryLayer, *WINDOWS))):
         if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
             for index in range(L * R, L * R + n):
                 carry: Any = cache.layers[index]
@@ -182,6 +182,9 @@ class CarryLayer(LinearAttentionLayer):
 
     def _change(self, change: Any) -> None:
         self.conv_states = {i: state if state is None else change(state) for i, state in self.conv_states.items()}
+
+
+WINDOWS = (DummyLayer, DynamicSlidingWindowLayer, StaticWindowLayer)
 
 
 def _change_batch(layer: Any, change: Any) -> None:

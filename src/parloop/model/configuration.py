@@ -143,6 +143,7 @@ class PLTConfig(PreTrainedConfig):
         before = deepcopy(getattr(self, key, None))
         super().__setattr__(key, value)
         try:
+            self._check_forms({})
             self._check()
         except ValueError:
             super().__setattr__(key, before)
