@@ -19,6 +19,7 @@ from parloop import PLTForCausalLM, cache_bytes, make_cache
 from parloop.bench import bench, measure, models, run_bench, settings
 from parloop.bench.measure import PASS_PER_LOOP, Block, Variant, decode_variants, expected_cache_bytes, fill_cache
 from parloop.errors import BenchError, CheckpointError, OutputError
+from parloop.folder import BENCH, claimed
 from parloop.report.figures import bench_figure, save_png
 from parloop.report.page import write_bench_figure
 from parloop.report.terminal import bench_legend, bench_tables
@@ -192,7 +193,8 @@ def test_impossible_settings(tmp_path, change, message):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"settings": 3}', "[" * 50_000], ids=lambda text: text[:4])
 def test_results_that_are_no_benchs(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
+    with claimed(tmp_path, BENCH) as out:
+        out.write("results.json", content)
     with pytest.raises(BenchError, match=r"results.json is no bench's .*: choose another --output, or --fresh"):
         run_bench(**TINY, output=tmp_path)
     assert (tmp_path / "results.json").read_text() == content

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import runpy
 import select
 import shlex
@@ -877,6 +878,7 @@ def _run() -> None:
 
 
 def _tell(console: Console, what: str, message: str) -> None:
+    message = re.sub(r"\\udc[89a-f][0-9a-f]", "?", message)  # how repr() shows bytes of a name that are not UTF-8
     console.print(f"[bold red]{what}[/] {escape(message)}", highlight=False)
 
 

@@ -36,7 +36,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 from .corpus.corpus import CorpusSettings
 from .corpus.samples import samples_of
 from .corpus.sources import STDLIB
-from .errors import ConvertError
+from .errors import ConvertError, first_line
 from .folder import check_room, new_folder
 from .generate import load_model
 from .model.configuration import ARCHITECTURE, GATE, GATE_ALIASES, PLTConfig
@@ -508,7 +508,7 @@ def _sample_rows(source: Path, data: str, samples: int, longest: int) -> list[to
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         raise ConvertError(
-            f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({error})."
+            f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({first_line(error)})."
         ) from error
     rows = samples_of(CorpusSettings(source=data), tokenizer, min(SAMPLE_TOKENS, longest), samples, held_out=False)
     return [torch.tensor([row.ids]) for row in rows]

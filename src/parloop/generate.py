@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from .errors import CheckpointError, ParloopError
+from .errors import CheckpointError, ParloopError, first_line
 from .model.configuration import PLTConfig
 from .record import printable
 
@@ -80,7 +80,7 @@ def usable_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
-        raise CheckpointError(f"device={device!r} is not there ({_first_line(error)}): use cpu or auto.") from error
+        raise CheckpointError(f"device={device!r} is not there ({first_line(error)}): use cpu or auto.") from error
     if torch.device(device).type == "meta":
         raise CheckpointError(f"device={device!r} holds no values: use cpu or auto.")
     return device
@@ -110,17 +110,17 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
     except ParloopError:
         raise
     except ImportError as error:  # bitsandbytes, flash-attn: nothing is wrong with the files
-        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {_first_line(error)}.") from error
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}.") from error
     except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         if folder.is_dir():
-            reason = _no_json_object(folder, TOKENIZER_FILES if kind is AutoTokenizer else MODEL_FILES) or _first_line(error)
+            reason = _no_json_object(folder, TOKENIZER_FILES if kind is AutoTokenizer else MODEL_FILES) or first_line(error)
             raise CheckpointError(
                 f"checkpoint {str(checkpoint)!r} cannot be loaded: the folder has no usable {part} ({reason}). If a run "
                 f"was interrupted there, finish it; else {elsewhere}."
             ) from error
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub gave no {part} of that name "
-            f"({_first_line(error)}); {elsewhere}."
+            f"({first_line(error)}); {elsewhere}."
         ) from error
 
 
@@ -218,7 +218,7 @@ def _no_json_object(folder: Path, names: Iterable[str]) -> str:
         except RecursionError:
             return f"{name} is nested too deeply"
         except (OSError, ValueError) as error:
-            return f"{name} is not JSON: {_first_line(error)}"
+            return f"{name} is not JSON: {first_line(error)}"
         if not isinstance(content, dict):
             return f"{name} holds no JSON object"
     return ""
@@ -241,15 +241,8 @@ def local_folder(checkpoint: str | Path) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub did not give it "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """What an exception says, with its kind where that alone says little."""
-    text = str(error).strip().partition("\n")[0].rstrip(".:")
-    plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, AssertionError))
-    return text if text and plain else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def stream(
@@ -313,5 +306,5 @@ def stream(
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {str(checkpoint)!r} cannot generate ({_first_line(error)}): see its generation_config.json."
+            f"checkpoint {str(checkpoint)!r} cannot generate ({first_line(error)}): see its generation_config.json."
         ) from error

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..errors import first_line
 from ..folder import disk_errors
 from ..record import printable
 from . import sources
@@ -236,7 +237,7 @@ def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progr
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
         except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
             raise sources.SourceError(
-                f"tokenizer {settings.tokenizer!r} cannot be loaded ({error}): give a folder with tokenizer.json, a name of the Hub, "
+                f"tokenizer {settings.tokenizer!r} cannot be loaded ({first_line(error)}): give a folder with tokenizer.json, a name of the Hub, "
                 f"or none, and one is trained."
             ) from error
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

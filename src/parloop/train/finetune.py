@@ -118,7 +118,9 @@ def _finetune(
             with console.status("reading conversations"):
                 prepare(recipe, output, tokenizer, stop_ids, console)
     summary = json.loads((output / ROWS / SUMMARY).read_text(encoding="utf-8"))
-    train_rows, validation_rows = (load_from_disk(str(output / ROWS / name)) for name in ("train", "validation"))
+    train_rows = load_from_disk(str(output / ROWS / "train"))
+    held_out = output / ROWS / "validation"
+    validation_rows = load_from_disk(str(held_out)) if held_out.is_dir() else train_rows.select([])
     if len(train_rows) < recipe.batch_size:
         raise RecipeError(
             f"the conversations fill {len(train_rows)} rows of length={recipe.length}, and a step takes batch_size={recipe.batch_size}: "
@@ -199,7 +201,8 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         )
     shutil.rmtree(folder, ignore_errors=True)
     for name, rows in (("train", chat.train), ("validation", chat.validation)):
-        packed(rows, recipe).save_to_disk(str(folder / name))
+        if len(rows):  # of few conversations, perhaps none is held out; and `datasets` cannot load what is empty
+            packed(rows, recipe).save_to_disk(str(folder / name))
     summary = {
         "fingerprint": known,
         "digest": chat.digest,
@@ -219,8 +222,6 @@ def packed(data: Dataset, recipe: ChatRecipe) -> Dataset:
     """Conversations in rows of at most `length` tokens: input_ids, labels, seq_lengths."""
     from trl import pack_dataset
 
-    if not len(data):
-        return data
     if recipe.packing:
         return pack_dataset(data, seq_length=recipe.length, strategy="bfd")
     return data.add_column("seq_lengths", [[len(ids)] for ids in data["input_ids"]])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from ..corpus import CorpusSettings
 from ..corpus.sources import HUB, INSTALLED, STDLIB
@@ -377,6 +378,11 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
         values = yaml.safe_load(path.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
     except RecursionError as error:
         raise RecipeError(f"recipe {str(path)!r} is nested too deeply.") from error
+    except ReaderError as error:
+        kind = "text" if error.encoding == "unicode" else error.encoding.upper()
+        raise RecipeError(
+            f"recipe {str(path)!r} is not {kind} ({error.reason}, position {error.position}): save it as UTF-8."
+        ) from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the others: of values like 2020-99-01
         raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
