@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from parloop import cli
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
 from parloop.generate import stream
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from parloop.generate import check_weights, load_config, load_model
 from parloop.train import Recipe
 from parloop.train.checkpoint import load_base
 from parloop.train.sharding import empty_model, start_processes
+from tests.helpers.models import tiny_model
 
 QUERY_GATES = {"plt_gate_use_hidden_states": False}
 

@@ -1,4 +1,4 @@
-"""What every measurement writes down beside its numbers, and how it is written."""
+"""The environment and command line that every measurement writes beside its numbers."""
 
 import json
 import os
@@ -47,10 +47,15 @@ def printable(name: object) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Never half a file, whenever the process is interrupted. Folders are made."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,9 +11,8 @@ RESAMPLES = 10_000
 CHUNK = 500  # resamples at once
 
 
-@dataclass
-class Interval:
-    """A value with its 95% bootstrap interval."""
+class Interval(NamedTuple):
+    """A value with its 95% bootstrap interval; NaN where there is none."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass
 class Resamples:
-    """How often each seed and each document counts in each resample: [resamples, seeds] and [resamples, documents]. A document
+    """Counts of each seed and each document in each resample: [resamples, seeds] and [resamples, documents]. A document
     of a seed counts as often as the product says, which is never laid out: it would take gigabytes."""
 
     by_seed: np.ndarray
@@ -34,7 +34,7 @@ class Resamples:
         return Resamples(self.by_seed[some], self.by_document[some])
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Of values [seeds, documents], weighted: [resamples]."""
+        """Sum `values` [seeds, documents] with a resample's counts as weights. Returns [resamples]."""
         by_seed = [self.by_document[i : i + CHUNK].astype(float) @ values.T for i in range(0, len(self.by_document), CHUNK)]
         return (self.by_seed * np.concatenate(by_seed)).sum(1)
 
@@ -75,12 +75,20 @@ def _resamples_of(n: int) -> np.ndarray:
 
 
 def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """Of nll [seeds, documents] in nats over byte_counts [documents]."""
+    """Bits per byte of nll [seeds, documents] in nats over byte_counts [documents].
+
+    Returns:
+        The value over all seeds and documents, and the 95% interval of its resamples.
+    """
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
 
 def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """nll minus other, in bits per byte, on the same documents and seeds."""
+    """nll minus other, both [seeds, documents] in nats on the same documents and seeds, in bits per byte.
+
+    Returns:
+        The difference, and the 95% interval of its resamples: below 0, nll is the better one.
+    """
     return bits_per_byte(nll - other, byte_counts, weights)
 
 
@@ -132,18 +140,16 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
 RULE = "the smallest loop count whose loss lies within the paired 95% interval of the best"
 
 
-def choose(losses: dict[int, float], differences: dict[int, Interval]) -> int:
-    """The recommended loop count.
+def choose(losses: dict[Any, float], differences: dict[Any, Interval]) -> Any:
+    """Return the recommended one of several models, by its name: the first, and so the cheapest, whose difference reaches zero.
 
     Args:
-        losses: loop count -> bits per byte.
-        differences: loop count -> its loss minus the best one's, paired.
+        losses: name -> bits per byte, from the cheapest model to the dearest.
+        differences: name -> its loss minus the best one's, paired.
 
     Raises:
-        ValueError: there are no loop counts, or one has no difference.
+        ValueError: there are none, or one has no difference.
     """
     if not losses or losses.keys() - differences.keys():
-        raise ValueError(
-            f"there are losses of {list(losses)} and differences of {list(differences)}: each loop count needs both."
-        )
-    return min(loops for loops in losses if differences[loops].low <= 0.0)
+        raise ValueError(f"there are losses of {list(losses)} and differences of {list(differences)}: each needs both.")
+    return next(name for name in losses if differences[name].low <= 0.0)

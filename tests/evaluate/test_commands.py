@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from parloop.errors import EvaluationError
 from parloop.evaluate import agents, run
 from parloop.evaluate.benchmark import benchmarks
 from parloop.evaluate.environments import folder_of
 from parloop.evaluate.run import Request, plan
+from tests.helpers.models import tiny_model
 
 RECORDED = Path(__file__).parent / "commands"
 ENDPOINT = {"endpoint": "http://127.0.0.1:8000/v1", "model": "name@2"}
@@ -48,7 +48,8 @@ def request(name, **more):
 
 def commands(request, place):
     """As planned, a line each, without what differs between machines."""
-    ((benchmark, _, lines),) = plan(request)
+    (planned,) = plan(request)
+    benchmark, lines = planned.benchmark, planned.commands
     folders = {str(place): "HERE", sys.executable: "PYTHON", str(Path(run.__file__).parent): "PARLOOP"}
     folders |= {str(folder_of(environment)): f"TOOLS/{environment.name}" for environment in benchmark.environments}
     text = "\n".join(lines)

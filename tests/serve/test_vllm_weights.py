@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 
 from parloop.serve.vllm_weights import checked, shapes_of
+from tests.helpers.models import tiny_config, tiny_model
 
 KINDS = [
     {},

@@ -1,16 +1,14 @@
 """What a bench measures: its settings, its blocks, how long they take and whether they fit."""
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import BenchError
 from ..model.configuration import PLTConfig
 from ..model.flops import forward_flops_per_token
-from .measure import decode_variants
 from .models import DTYPES, available_bytes
+from .variants import decode_variants
 
 CONTEXTS = (256, 4096, 16384)
 PREFILL_LENGTHS = (2048,)
@@ -40,9 +38,6 @@ class Settings:
                 raise BenchError(f"--{name} {getattr(self, name)} must be at least 1, and below 2**31.")
         if self.dtype not in DTYPES:
             raise BenchError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
-
-    def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
 
 
 def plan(

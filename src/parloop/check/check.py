@@ -69,7 +69,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well expected answers explain those that were found: tokens in common from the beginning of each, of all; and the mean and
+    """Score of expected answers against those that were found: tokens in common from the beginning of each, of all; and the mean and
     largest difference of the log-probabilities of these."""
 
     matched: int

@@ -41,7 +41,7 @@ def register() -> None:
 
 
 def mlx_lm_version() -> str | None:
-    """Of the installed mlx-lm; None without one."""
+    """Version of the installed mlx-lm; None without one."""
     try:
         return version("mlx-lm")
     except PackageNotFoundError:
