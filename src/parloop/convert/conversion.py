@@ -63,7 +63,7 @@ class Converted(Result):
     config: Any = not_kept(default=None)
     folder: Path | None = not_kept(default=None)
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         from rich.text import Text
 
         lines = [f"{self.family} -> {self.model_type}: {self.weights_bytes / 1e9:.2f} GB of weights in {self.files} file(s)"]

@@ -45,7 +45,7 @@ class TrainingResult(Result):
     data: Any = None
     folder: Path | None = not_kept(default=None)
 
-    def parts(self) -> list[Any]:
+    def shown(self) -> list[Any]:
         from rich.text import Text
 
         lines = [
