@@ -39,9 +39,9 @@ from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
 # Not missed: the gates of a looped checkpoint that goes on with one loop, and what old Llama files keep though it is computed.
 UNUSED = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.|\.rotary_emb\.inv_freq$")
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
 
 
 def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
