@@ -1,4 +1,4 @@
-"""Try values of one field of a recipe, at several loop counts: how the settings in recipes/ were found.
+"""Try values of one field of a recipe, at several loop counts: how the settings of the shipped recipes were found.
 
     python benchmarks/sweep.py learning_rate 1.5e-3 3e-3 5e-3 --loops 1 2 4
     python benchmarks/sweep.py hidden_scale 0.012 0.0354 0.1 0.3 --loops 2 --recipe quick --output runs/sweep
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parloop.checkpoints import load_model
 from parloop.corpus import load_corpus
-from parloop.generate import load_model
 from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
-from parloop.train.pretrain import train
+from parloop.train.training import train
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             ).bits_per_byte
             readouts = ", ".join(f"{b:.3f}" for b in bits)
             console.print(
-                f"{arguments.field}={value} R={loops}: {readouts} bits per byte, {result['seconds']:.0f} s", highlight=False
+                f"{arguments.field}={value} R={loops}: {readouts} bits per byte, {result.seconds:.0f} s", highlight=False
             )
 
 
