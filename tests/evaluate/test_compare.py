@@ -323,6 +323,10 @@ def test_the_page(summary, tmp_path):
 
 def test_the_figure(summary):
     figure = scores_against_loops(summary)
+    figure.draw_without_rendering()
+    for axes in figure.axes:  # legends lie on no data, and nothing is cut off
+        assert axes.get_legend().get_window_extent().y1 <= axes.xaxis.label.get_window_extent().y0
+        assert axes.yaxis.label.get_window_extent().x0 >= 0
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == ["held-out code", "SWE-bench Verified", "BFCL v3"]
     bfcl = panels["BFCL v3"]
