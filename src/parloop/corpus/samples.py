@@ -12,6 +12,7 @@ import torch
 
 from . import sources
 from .corpus import CorpusSettings, is_validation
+from .tasks import HELD_OUT, Encoder, Task, is_task, task_of
 from .tokenizer import text_ids
 
 MIN_TOKENS = 16  # a shorter rest of a document is no sample
@@ -30,11 +31,13 @@ def draw_samples(settings: CorpusSettings, tokenizer: Any, length: int, samples:
 
     Args:
         settings: the source and what is read from it; its tokenizer and length are not used.
-        held_out: only documents that training with these settings keeps for validation.
+        held_out: only documents that training with these settings keeps for validation; of a task always.
 
     Raises:
-        sources.SourceError: the source cannot be read, or has no text.
+        sources.SourceError: the source cannot be read, or has no text; the tokenizer cannot spell the task.
     """
+    if is_task(settings.source):
+        return _of_task(task_of(settings.source), tokenizer, length, samples)
     documents = {}
     for name, text, _ in sources.read(settings.source, settings.extensions, settings.text_column, settings.max_file_bytes):
         if text is None:
@@ -71,6 +74,13 @@ def draw_samples(settings: CorpusSettings, tokenizer: Any, length: int, samples:
             f"for other kinds of files, set --extensions, for instance --extensions .py .md"
         )
     return rows
+
+
+def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Sample]:
+    """The beginnings of held-out documents."""
+    encode = Encoder(task, tokenizer)
+    rows = [encode(task.document(number, HELD_OUT)).input_ids[:-1][:length].tolist() for number in range(samples)]
+    return [Sample(f"{task.source} {number} [0:{len(ids)}]", ids) for number, ids in enumerate(rows)]
 
 
 def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.Tensor]]:
