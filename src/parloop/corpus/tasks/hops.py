@@ -26,7 +26,7 @@ class Hops(Task):
 
     name: ClassVar[str] = "hops"
     unit: ClassVar[str] = "hops"
-    facts: int = option(8, "facts of a table", at_least=4, at_most=len(ENTITIES))
+    facts: int = option(8, "entities, each of which one fact is told", at_least=4, at_most=len(ENTITIES))
     hops: int = option(6, "most look-ups that a question takes", at_least=1, at_most=9)
     trace: bool = option(False, "write what is met on the way before the answer")
 
@@ -39,7 +39,7 @@ class Hops(Task):
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        return (*ENTITIES, *map(str, range(1, 10)), QUESTION)
+        return (*ENTITIES[: self.facts], *map(str, range(1, self.hops + 1)), QUESTION)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -49,11 +49,11 @@ class Hops(Task):
         return 1 / (self.facts - 1)  # all entities of the table but the start are as likely
 
     def draw(self, rng: random.Random, split: str, group: int | None) -> tuple[str, Any]:
-        cycle = rng.sample(ENTITIES, self.facts)  # a fact leads from each to the next
+        cycle = rng.sample(ENTITIES[: self.facts], self.facts)  # a fact leads from each to the next
         told = rng.sample(range(self.facts), self.facts)
         counts = rng.sample(self.groups, self.hops) if group is None else [group]
         starts = rng.sample(range(self.facts), len(counts))
-        first = cycle.index(min(cycle))
+        first = cycle.index(ENTITIES[0])
         return " ".join(cycle[first:] + cycle[:first]), (cycle, told, list(zip(counts, starts)))
 
     def write(self, drawn: Any) -> Document:
