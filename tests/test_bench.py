@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,8 +18,9 @@ from transformers.cache_utils import StaticCache
 from parloop import PLTForCausalLM, cache_bytes, make_cache
 from parloop.bench import bench, measure, models, run_bench, settings
 from parloop.bench.measure import PASS_PER_LOOP, Block, Variant, decode_variants, expected_cache_bytes, fill_cache
-from parloop.errors import BenchError, CheckpointError
+from parloop.errors import BenchError, CheckpointError, OutputError
 from parloop.report.figures import bench_figure, save_png
+from parloop.report.page import write_bench_figure
 from parloop.report.terminal import bench_legend, bench_tables
 
 QUIET = Console(quiet=True)
@@ -316,3 +318,23 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2
     assert "more than the 2048 tokens this model was made for" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["results.json", "bench.png", "thesis.tex"])
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_measured(tmp_path, monkeypatch, name, fresh):
+    monkeypatch.setattr(bench, "measure_all", None)
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=rf"is not empty and holds no bench \({name}\): choose another folder"):
+        run_bench(**TINY, output=tmp_path, fresh=fresh)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
+def test_a_figure_that_was_changed_since_is_not_written_over(measured, tmp_path):
+    shutil.copytree(measured[0], tmp_path / "bench")
+    write_bench_figure(measured[1], tmp_path / "bench")
+    write_bench_figure(measured[1], tmp_path / "bench")
+    (tmp_path / "bench" / "bench.png").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds bench.png, which parloop did not write, or which was changed since"):
+        run_bench(**TINY, output=tmp_path / "bench")
+    assert (tmp_path / "bench" / "bench.png").read_text() == "mine"

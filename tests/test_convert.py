@@ -1,8 +1,10 @@
 """`parloop convert`: the same function at every loop count, the same bytes on the way back, and everything else is refused."""
 
+import errno
 import json
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from parloop import PLTForCausalLM
 from parloop.convert import FAMILIES, convert, copy_tensors, source_config
 from parloop.corpus import train_tokenizer
 from parloop.corpus.tokenizer import text_ids
-from parloop.errors import ConvertError, SourceError
+from parloop.errors import ConvertError, OutputError, SourceError
 
 TEXT = "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return area(width, height) * depth\n"
 SHAPE = {
@@ -294,7 +296,7 @@ def test_options_and_folders(tmp_path):
         ({"start": "open", "data": str(tmp_path / "no")}, "no"),
         ({"to": "dense", "loops": 2}, "says nothing to --to dense"),
     ]:
-        with pytest.raises((ConvertError, SourceError), match=message):
+        with pytest.raises((ConvertError, OutputError, SourceError), match=message):
             convert(**({"source": source, "out": tmp_path / "out"} | options))
     (source / "tokenizer.json").rename(source / "elsewhere")
     with pytest.raises(ConvertError, match="no tokenizer to measure a loss with: use --samples 0"):
@@ -382,3 +384,32 @@ def test_the_command(tmp_path):
     code, said = run("--help")
     assert code == 0
     assert "And back: parloop convert qwen3-plt --to dense --out qwen3" in " ".join(said.split())
+
+
+def test_a_disk_without_room_is_found_out_before_converting(tmp_path, monkeypatch):
+    import shutil
+
+    import parloop.convert as module
+
+    source = make_source(tmp_path / "source")
+    monkeypatch.setattr(module, "_write_weights", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    with pytest.raises(
+        OutputError, match=r"the converted model takes .* GB, and the disk of .* has 1e-06 GB free: make room, or"
+    ):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    import parloop.convert as module
+
+    source = make_source(tmp_path / "source")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "copy_tensors", full)
+    with pytest.raises(OutputError, match=r"the disk of .*out is full: make room, and run the same command again"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

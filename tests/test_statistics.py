@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from parloop.statistics import Interval, bits_per_byte, choose, paired_difference, resample_weights
+from parloop.statistics import (
+    Interval,
+    bits_per_byte,
+    bootstrap_mean,
+    choose,
+    mcnemar,
+    paired_difference,
+    resample_weights,
+    wilson,
+)
 
 
 def rng():
@@ -18,6 +27,42 @@ def test_bits_per_byte_of_a_constant_loss():
     nll = 2 * math.log(2) * sizes[None].astype(float)
     interval = bits_per_byte(nll, sizes, resample_weights(3, 1, rng()))
     assert interval.as_list() == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_intervals_are_plain_numbers():
+    """Which JSON and YAML can hold."""
+    weights = resample_weights(2, 1, rng())
+    for interval in (bits_per_byte(np.ones((1, 2)), np.array([1, 2]), weights), bootstrap_mean(np.arange(3.0))):
+        assert {type(number) for number in interval.as_list()} == {float}
+
+
+def test_seeds_count_alike():
+    """The ratio of what all seeds lost to all bytes that they read; its interval against resamples laid out."""
+    sizes = np.array([100, 300])
+    bits = np.array([[1.0, 2.0], [1.5, 2.5], [5.0, 6.0]]) * sizes
+    weights = resample_weights(2, 3, rng())
+    laid_out = weights.by_seed[:, :, None] * weights.by_document.astype(int)[:, None, :]
+    resampled = (laid_out * bits).sum((1, 2)) / (laid_out * sizes).sum((1, 2))
+    expected = [(1.75 + 2.25 + 5.75) / 3, *np.quantile(resampled, [0.025, 0.975])]
+    assert bits_per_byte(bits * math.log(2), sizes, weights).as_list() == pytest.approx(expected)
+
+
+def test_the_interval_of_a_mean():
+    """Of two values a draw of two has either twice, or both; of many, about what the normal distribution says."""
+    assert bootstrap_mean(np.array([1.0, 4.0])).as_list() == [2.5, 1.0, 4.0]
+    values = rng().normal(3.0, 2.0, 400)
+    error = 1.96 * values.std() / math.sqrt(400)
+    expected = [values.mean(), values.mean() - error, values.mean() + error]
+    assert bootstrap_mean(values).as_list() == pytest.approx(expected, abs=0.02)
+    again = [bootstrap_mean(values[:n]) for n in (400, 10, 20, 30, 40, 50, 400)]
+    assert again[0] == again[-1]  # the same resamples for everybody, kept or drawn anew
+
+
+def test_one_value_has_no_interval():
+    interval = bootstrap_mean(np.array([7.0]))
+    assert interval.value == 7.0
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
 
 
 def test_large_documents_weigh_more():
@@ -90,3 +135,20 @@ def test_seeds_widen_the_interval():
 )
 def test_the_rule(losses, lows, expected):
     assert choose(losses, {n: Interval(losses[n] - min(losses.values()), lows[n], 1.0) for n in losses}) == expected
+
+
+def test_nothing_is_said_of_nothing():
+    """And not a warning, a NaN or a number of somebody else's."""
+    for call, message in [
+        (lambda: bootstrap_mean(np.array([])), "there are no values"),
+        (lambda: resample_weights(0, 1, rng()), "0 documents and 1 seeds"),
+        (lambda: resample_weights(3, 0, rng()), "3 documents and 0 seeds"),
+        (lambda: wilson(0, 0), "0 of 0 items"),
+        (lambda: wilson(-1, 5), "-1 of 5 items"),
+        (lambda: wilson(6, 5), "6 of 5 items"),
+        (lambda: mcnemar(np.array([True]), np.array([True, False])), r"items \(1,\), the other \(2,\)"),
+        (lambda: choose({}, {}), r"losses of \[\]"),
+        (lambda: choose({1: 2.0, 2: 1.9}, {1: Interval(0.1, 0.0, 0.2)}), r"losses of \[1, 2\] and differences of \[1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,50 +1,42 @@
 """parloop: the Parallel Loop Transformer in stock transformers. Importing it registers `model_type: iquestpltcoder`."""
 
-# ruff: noqa: E402
-import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Where torchao is installed without a GPU, importing transformers makes it tell of every GPU library that it could not load.
-_level = logging.root.manager.disable
-logging.disable(logging.WARNING)
+from .registration import register, too_old
 
-import transformers
-from transformers import AutoConfig
-
-from .model.configuration import PLTConfig
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis, diagnose
+    from .model.cache import cache_bytes, make_cache
+    from .model.configuration import PLTConfig
+    from .model.modeling import PLTForCausalLM, PLTModel
 
 __version__ = "0.1.0"
 __all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]
 
-AutoConfig.register(PLTConfig.model_type, PLTConfig, exist_ok=True)
+WHERE = {  # public names, imported when they are first used
+    "Diagnosis": "diagnosis",
+    "PLTConfig": "model.configuration",
+    "PLTForCausalLM": "model.modeling",
+    "PLTModel": "model.modeling",
+    "cache_bytes": "model.cache",
+    "diagnose": "diagnosis",
+    "make_cache": "model.cache",
+}
 
-# vLLM pins an older transformers. Its plugin needs the configuration only.
-TOO_OLD: str | None = None
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23):
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+register()
 
-    from .diagnosis import Diagnosis, diagnose
-    from .model.cache import cache_bytes, make_cache
-    from .model.modeling import PLTForCausalLM, PLTModel
 
-    AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
-    AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
-    # Some checkpoints call the gate loop_gate_proj. They are saved again under the name they were read with.
-    register_checkpoint_conversion_mapping(
-        PLTConfig.model_type, [WeightRenaming(r"self_attn\.loop_gate_proj\.", "self_attn.plt_gate.")], overwrite=True
-    )
-else:
-    TOO_OLD = (
-        f"The model needs transformers >= 5.23, and {transformers.__version__} is installed, as vLLM asks for. Keep an environment "
-        f"for vLLM, which serves PLT checkpoints, and another one to train, generate and diagnose: "
-        f'pip install parloop "transformers>=5.23".'
-    )
-
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            raise ImportError(f"parloop.{name}: {TOO_OLD}")
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    why = too_old()
+    if why and name != "PLTConfig":
+        raise ImportError(f"parloop.{name}: {why}")
+    value = getattr(import_module(f".{WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
-logging.disable(_level)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *WHERE])

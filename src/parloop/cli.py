@@ -1,5 +1,6 @@
 """The `parloop` command: one verb, one function, no logic."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import runpy
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +16,10 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from . import TOO_OLD, __version__
-from .errors import CheckpointError, EvaluationError, ParloopError
+from . import __version__
+from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError, SourceError
 from .record import command_line
+from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
 app = App(
@@ -85,11 +88,12 @@ def train(
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh
-        Delete what the folder holds and start over.
+        Delete the run in the folder and start over. Refused if the folder holds anything else.
     plan
         Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
-    settings = load_recipe(recipe, **_given(overrides))
+    changes = _given(overrides)
+    settings = load_recipe(recipe, **changes)
     if plan:
         from .report.terminal import plan_tables
         from .train.plan import plan_of
@@ -100,13 +104,11 @@ def train(
     counts = settings.loop_counts or []
     folder = output or Path("runs/train", f"{Path(recipe).stem}" + ("-r" + "-".join(map(str, counts)) if counts else ""))
     if isinstance(settings, ChatRecipe):
-        from .train.finetune import finetune
-
-        result = finetune(settings, folder, fresh=fresh)
+        from .train.finetune import finetune as run
     else:
-        from .train.pretrain import train as pretrain
-
-        result = pretrain(settings, folder, fresh=fresh)
+        from .train.pretrain import train as run  # type: ignore[assignment]
+    with _naming(recipe, changes):
+        result = run(settings, folder, fresh=fresh)  # type: ignore[arg-type]
     from .train.sharding import main_process
 
     if main_process():
@@ -120,23 +122,33 @@ def train(
 
 
 @app.command
-def export(checkpoint: Path, /, *, out: Path) -> None:
-    """Write a run's checkpoint, of one process or of many, as a model that any tool loads.
+def export(checkpoint: str, /, *, out: Path, to: str = "transformers", bits: int | None = None) -> None:
+    """Write a run's checkpoint, of one process or of many, as a model that any tool loads; or a PLT for another engine.
 
     (A run that is finished has its model in its folder.)
 
     Example: parloop export runs/train/gpu-r2/checkpoint-500 --out after-500-steps
 
+    For Macs: parloop export CHECKPOINT --to mlx --bits 4 --out for-my-mac
+
     Parameters
     ----------
     checkpoint
-        Folder checkpoint-N of a run.
+        Folder checkpoint-N of a run; for other forms than transformers also any PLT, a folder or a Hub name.
     out
         Folder to make.
+    to
+        transformers; mlx: a folder that mlx-lm runs without parloop; gguf: a file that no engine runs yet, for who writes one.
+    bits
+        For mlx and gguf: quantise to 8 or 4 bits, but for gates and norms. Default: the weights as they are; in gguf, float32.
     """
-    from .train.checkpoint import export as run
+    from .export.export import export as run
+    from .export.gguf import WARNING
 
-    _console().print(f"model: {run(checkpoint, out)}", highlight=False, markup=False, soft_wrap=True)
+    folder = run(checkpoint, out, to=to, bits=bits)
+    _console().print(f"model: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if to == "gguf":
+        _console().print(WARNING, style="yellow", highlight=False, markup=False)
 
 
 @app.command
@@ -186,13 +198,25 @@ def study(
     recipe = Recipe.load(preset, **changes)
     folder = output or study_folder(preset, match, source)
     console = _console()
-    results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
+    with _naming(preset, changes):
+        results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
     page = write_study_report(results, folder)
     for table in study_tables(results):
         console.print(table)
     headline, _, evidence = results["verdict"].partition(". ")
     console.print(f"\n[bold]{escape(headline)}.[/] {escape(evidence)}", highlight=False)
     console.print(f"\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _naming(recipe: str, changes: dict[str, Any]) -> Iterator[None]:
+    """Say which recipe a source is of that cannot be read, unless it was given as an option."""
+    try:
+        yield
+    except SourceError as error:
+        if changes.keys() & {"source", "chat"}:
+            raise
+        raise SourceError(f"{error} (recipe {recipe!r})") from error
 
 
 def study_folder(preset: str, match: str, source: str | None) -> Path:
@@ -291,9 +315,9 @@ def diagnose(
     center_rank
         Take the effective rank of states minus their mean.
     output
-        Folder of the report. Default: runs/diagnose-NAMES.
+        Folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
     """
-    from .diagnosis.checkpoint import diagnose_checkpoint, save_results
+    from .diagnosis.checkpoint import default_folder, diagnose_checkpoint, diagnosis_folder, save_results
     from .report.page import write_diagnosis_report
     from .report.terminal import diagnosis_table
 
@@ -304,13 +328,15 @@ def diagnose(
         "data": data, "extensions": extensions, "samples": samples, "length": length, "loops": loops, "batch_size": batch_size,
         "device": device, "dtype": dtype, "center_rank": center_rank,
     }  # fmt: skip
-    records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
-    folder = output or Path("runs", "diagnose-" + "-".join(Path(checkpoint).name for checkpoint in checkpoints)[:80])
     command = command_line()
-    save_results(records, folder, command)
-    page = write_diagnosis_report(records, folder, command)
+    with diagnosis_folder(output or default_folder(checkpoints), checkpoints) as folder:
+        records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
+        save_results(records, folder, command)
+        page = write_diagnosis_report(records, folder, command)
     for record in records:
         console.print(diagnosis_table(record))
+        told = f"{record['settings']['data']}: trained on this text? {record['settings']['trained_on_this_text']}."
+        console.print(told, highlight=False, markup=False)
         verdict = record["verdict"]
         console.print(f"[bold]{escape(verdict['headline'])}[/] {escape(verdict['sureness'])}\n", highlight=False)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
@@ -444,7 +470,7 @@ def bench(
         Measure again what the folder holds.
     """
     from .bench.bench import default_folder, run_bench
-    from .report.figures import bench_figure, save_png
+    from .report.page import write_bench_figure
     from .report.terminal import bench_legend, bench_tables
 
     console = _console()
@@ -467,13 +493,11 @@ def bench(
         console=console,
     )
     folder = output or default_folder(checkpoint, shape)
-    save_png(bench_figure(results), folder / "bench.png")
+    figure = write_bench_figure(results, folder)
     for table in bench_tables(results):
         console.print(table)
     console.print(bench_legend(results), highlight=False)
-    console.print(
-        f"\nresults: {folder / 'results.json'}, {folder / 'bench.png'}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"\nresults: {folder / 'results.json'}, {figure}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command
@@ -484,7 +508,7 @@ def serve(
     loops: int | None = None,
     engine: str = "auto",
 ) -> None:
-    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else with transformers.
+    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else on a Mac with mlx-lm, else with transformers.
 
     The model answers to NAME@R, which shows the loop count, and to NAME.
 
@@ -495,15 +519,63 @@ def serve(
     checkpoint
         Folder or Hub name of a PLT checkpoint.
     arguments
-        Options of the server: --port 8001, --host 0.0.0.0, and with vLLM every option of `vllm serve`.
+        Options of the server: --port 8001, --host 0.0.0.0, and every option of `vllm serve` or `mlx_lm.server`.
     loops
         How often to run the stack. Default: as trained.
     engine
-        auto, vllm or transformers.
+        auto, vllm, mlx or transformers.
     """
     from .serve.server import serve as run_server
 
     run_server(checkpoint, loops, engine, list(arguments))
+
+
+@app.command(name="check")
+def check_port(
+    checkpoint: str | None = None,
+    /,
+    *,
+    endpoint: str | None = None,
+    model: str | None = None,
+    engine: str = "auto",
+    write: Path | None = None,
+) -> None:
+    """Does an engine compute a PLT, and if not, which mechanism does it lack? A minute, with a small checkpoint that is shipped.
+
+    Write that checkpoint: parloop check --write probe
+
+    Serve it with the engine, and: parloop check --endpoint http://127.0.0.1:8080/v1 --model probe
+
+    Without a server: parloop check (what parloop serve starts here), or parloop check FOLDER (what became of the checkpoint).
+
+    Ends with 0 if the model is right, else with 1.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that the small checkpoint was converted to. Default: itself. A server is started for it.
+    endpoint
+        A server that runs it, with /v1. Completions, greedy; log-probabilities if the server has them.
+    model
+        What that server calls it.
+    engine
+        Without --endpoint, which server to start: auto, vllm, mlx or transformers.
+    write
+        Folder to make, with the small checkpoint. Nothing is checked then.
+    """
+    from . import check
+
+    console = _console()
+    if write is not None:
+        console.print(f"checkpoint: {check.write_probe(write)}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if (endpoint is None) != (model is None) or (endpoint and checkpoint):
+        raise PortCheckError("give --endpoint and --model together and no folder, or neither.")
+    verdict = check.check_endpoint(endpoint, model) if endpoint and model else check.check_checkpoint(checkpoint, engine)
+    console.print(f"[bold {'green' if verdict.right else 'red'}]{escape(verdict.headline)}[/]", highlight=False)
+    for detail in verdict.details:
+        console.print(f"  {detail}", highlight=False, markup=False)
+    sys.exit(0 if verdict.right else 1)
 
 
 @app.command(name="eval")
@@ -562,7 +634,8 @@ def evaluate(
         Tables and a plot of results, with intervals, tests and the paper's numbers; also written into --output, as report.html,
         evaluation.png and evaluation.json.
     fresh
-        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over.
+        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over. Refused if there
+        is anything else.
     """
     import shlex
 
@@ -652,6 +725,8 @@ def run(
 
     Example: parloop run -m lm_eval --model hf --model_args pretrained=CHECKPOINT --tasks TASK
 
+    With mlx-lm: parloop run -m mlx_lm generate --model CHECKPOINT --prompt "def "
+
     Parameters
     ----------
     module
@@ -659,6 +734,9 @@ def run(
     arguments
         Its arguments.
     """
+    from .export.mlx import register
+
+    register()
     sys.argv = [module, *arguments]
     sys.path.insert(0, os.getcwd())  # as python -m does
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -684,8 +762,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # ours say what is going on
     console = Console(stderr=True)
     try:
-        if TOO_OLD and set(sys.argv[1:2]) & MODEL_VERBS:
-            raise ParloopError(TOO_OLD)
+        if too_old() and set(sys.argv[1:2]) & MODEL_VERBS:
+            raise ParloopError(too_old())
         app(passed_through(sys.argv[1:]))
     except ParloopError as error:
         rank = os.environ.get("RANK", "0")

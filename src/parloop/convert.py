@@ -18,7 +18,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
@@ -35,11 +34,12 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .corpus.corpus import CorpusSettings
-from .corpus.samples import draw_samples
+from .corpus.samples import samples_of
 from .corpus.sources import STDLIB
 from .errors import ConvertError
+from .folder import check_room, new_folder
 from .generate import load_model
-from .model.configuration import ARCHITECTURE, PLTConfig
+from .model.configuration import ARCHITECTURE, GATE, GATE_ALIASES, PLTConfig
 from .model.modeling import PLTForCausalLM
 from .record import write_json
 
@@ -100,7 +100,7 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "chat_template*",
     "additional_chat_templates", "generation_config.json", "LICENSE*",
 )  # fmt: skip
-GATE = re.compile(r"\.self_attn\.(plt_gate|loop_gate_proj)\.")
+IS_GATE = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.")
 UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llama files keep what is computed
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -149,20 +149,42 @@ def convert(
         samples: rows of up to 512 tokens of that text; 0: do not measure, and never load the model.
 
     Raises:
-        ConvertError: the source is nothing that can be converted, or the folder exists.
+        ConvertError: the source is nothing that can be converted.
+        OutputError: the folder exists and is not empty, or cannot be written.
         SourceError: the text cannot be read.
     """
     source, out = Path(source), Path(out)
     console = console or Console(stderr=True)
     _check_options(to, loops, start, window, hidden_scale, gate_bias, samples)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConvertError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
+    with new_folder(out) as scratch:
+        result, rows = _convert(source, scratch, to, loops, start, window, hidden_scale, gate_bias, data, samples, console)
+    result.folder = out
+    if rows:
+        result.source_loss, result.loss = opening_loss(out, rows)
+    return result
+
+
+def _convert(
+    source: Path,
+    scratch: Path,
+    to: str,
+    loops: int | None,
+    start: str,
+    window: int,
+    hidden_scale: float | None,
+    gate_bias: float | None,
+    data: str | None,
+    samples: int,
+    console: Console,
+) -> tuple[Converted, list[torch.Tensor]]:
+    """Convert into a folder that is there; also returns the rows to measure the loss on."""
     if not source.is_dir():
         raise ConvertError(
             f"source {str(source)!r} is not a folder. For a model of the Hub: hf download OWNER/NAME --local-dir FOLDER"
         )
     given = source_config(source)
     files = _weight_files(source)
+    check_room(scratch, sum(path.stat().st_size for path in files), "the converted model")
     loops = loops or 2
     if to == "dense":
         if not isinstance(given, PLTConfig):
@@ -189,28 +211,18 @@ def convert(
         if loops > 1:
             gates = initial_gates(config, gate_bias, _dtype(files))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        scratch.chmod(0o755)
-        written = _write_weights(files, gates, scratch, drop_gates=to == "dense", console=console)
-        for pattern in COMPANIONS:
-            for path in source.glob(pattern):
-                if path.is_dir():
-                    shutil.copytree(path, scratch / path.name)
-                elif path.suffix != ".py":
-                    shutil.copyfile(path, scratch / path.name)
-        config.save_pretrained(scratch)
-        scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    result = Converted(out, config, given.model_type, written, len(list(out.glob("*.safetensors"))))
+    written = _write_weights(files, gates, scratch, drop_gates=to == "dense", console=console)
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, scratch / path.name)
+            elif path.suffix != ".py":
+                shutil.copyfile(path, scratch / path.name)
+    config.save_pretrained(scratch)
+    result = Converted(scratch, config, given.model_type, written, len(list(scratch.glob("*.safetensors"))))
     if isinstance(config, PLTConfig) and loops > 1:
         result.gate_bias = gate_bias
-    if rows:
-        result.source_loss, result.loss = opening_loss(out, rows)
-    return result
+    return result, rows
 
 
 def _check_options(to, loops, start, window, hidden_scale, gate_bias, samples) -> None:
@@ -239,7 +251,7 @@ def source_config(source: Path) -> PreTrainedConfig:
         ConvertError: it describes something that the PLT's layers cannot compute.
     """
     try:
-        raw = json.loads((source / "config.json").read_text())
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConvertError(f"source {str(source)!r} has no config.json that can be read ({error}).") from error
     kind = raw.get("model_type")
@@ -350,7 +362,7 @@ def _weight_files(source: Path) -> dict[Path, dict[str, tuple[str, list[int]]]]:
         if (source / WEIGHTS).is_file():
             files = [source / WEIGHTS]
         elif index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted({source / file for file in names.values()})
         else:
             raise ConvertError(f"source {str(source)!r} has neither {WEIGHTS} nor {INDEX}: only safetensors are read.")
@@ -376,7 +388,7 @@ def _weight_files(source: Path) -> dict[Path, dict[str, tuple[str, list[int]]]]:
 
 def _check_weights(files: dict[Path, dict[str, tuple[str, list[int]]]], config: PLTConfig) -> None:
     """Exactly the names and shapes of this configuration's loop 1."""
-    held = {name: what for tensors in files.values() for name, what in tensors.items() if not GATE.search(name)}
+    held = {name: what for tensors in files.values() for name, what in tensors.items() if not IS_GATE.search(name)}
     plain = deepcopy(config)
     plain.plt_num_loops = 1
     with torch.device("meta"):
@@ -437,7 +449,7 @@ def initial_gates(config: PLTConfig, bias: float, dtype: torch.dtype) -> dict[st
 
 def _write_weights(files, gates: dict[str, torch.Tensor], folder: Path, drop_gates: bool, console: Console) -> int:
     """The source's files, the gates in one more, and an index if there are several. Returns bytes of tensors."""
-    kept = {path: [name for name in tensors if not (drop_gates and GATE.search(name))] for path, tensors in files.items()}
+    kept = {path: [name for name in tensors if not (drop_gates and IS_GATE.search(name))] for path, tensors in files.items()}
     kept = {path: names for path, names in kept.items() if names}
     total = len(kept) + bool(gates)
     targets = [WEIGHTS] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
@@ -496,7 +508,7 @@ def _sample_rows(source: Path, data: str, samples: int, longest: int) -> list[to
         raise ConvertError(
             f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({error})."
         ) from error
-    rows = draw_samples(CorpusSettings(source=data), tokenizer, min(SAMPLE_TOKENS, longest), samples, held_out=False)
+    rows = samples_of(CorpusSettings(source=data), tokenizer, min(SAMPLE_TOKENS, longest), samples, held_out=False)
     return [torch.tensor([row.ids]) for row in rows]
 
 

@@ -9,6 +9,10 @@ class SourceError(ParloopError, ValueError):
     """A source that cannot be read at all."""
 
 
+class OutputError(ParloopError, RuntimeError):
+    """A folder or file that cannot be written: it is another's, something is in the way, or the disk fails."""
+
+
 class RecipeError(ParloopError, ValueError):
     """A recipe that cannot be run."""
 
@@ -25,6 +29,10 @@ class ConvertError(ParloopError, ValueError):
     """A checkpoint that cannot be converted."""
 
 
+class ExportError(ParloopError, ValueError):
+    """A checkpoint that cannot be written in another form."""
+
+
 class DiagnosisError(ParloopError, ValueError):
     """Something that cannot be diagnosed."""
 
@@ -35,6 +43,10 @@ class BenchError(ParloopError, ValueError):
 
 class ServeError(ParloopError, ValueError):
     """A server that cannot be started."""
+
+
+class PortCheckError(ParloopError, RuntimeError):
+    """A server that cannot be checked."""
 
 
 class EvaluationError(ParloopError, RuntimeError):

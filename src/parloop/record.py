@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
 
     cpu = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     except OSError:
         pass
@@ -43,5 +43,9 @@ def write_json(path: Path, content: Any) -> None:
     """Never half a file, whenever the process is interrupted. Folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(content, indent=1, allow_nan=False))
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -41,7 +41,13 @@ class Resamples:
 
 def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> Resamples:
     """Documents are drawn with replacement, and so are seeds if there are several: the interval then covers the luck of
-    training too, not only that of the documents."""
+    training too, not only that of the documents.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if documents < 1 or seeds < 1:
+        raise ValueError(f"there are {documents} documents and {seeds} seeds: nothing can be drawn of none.")
     share = np.full(documents, 1 / documents)
     kind = np.min_scalar_type(documents)
     chunks = [rng.multinomial(documents, share, size=CHUNK).astype(kind) for _ in range(RESAMPLES // CHUNK)]
@@ -49,7 +55,13 @@ def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> Re
 
 
 def bootstrap_mean(values: np.ndarray) -> Interval:
-    """Mean of values [n] and its interval over draws of n with replacement. One value has no interval: NaN."""
+    """Mean of values [n] and its interval over draws of n with replacement. One value has no interval: NaN.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(values):
+        raise ValueError("there are no values to take a mean of.")
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
@@ -86,7 +98,15 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def wilson(passed: float, n: int) -> Interval:
-    """Share of items that passed, with Wilson's 95% interval, which holds for few items and near 0 and 1 too."""
+    """Share of items that passed, with Wilson's 95% interval, which holds for few items and near 0 and 1 too.
+
+    Raises:
+        ValueError: there are none, or more passed than there are.
+    """
+    if n < 1 or not 0 <= passed <= n:
+        raise ValueError(
+            f"{passed} of {n} items passed: there must be at least one item, and no more can pass than there are."
+        )
     share, z = passed / n, 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -97,7 +117,12 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
     """Two-sided p of McNemar's exact test: do two models pass equally often on the same items? Arrays of bool [items].
 
     Items that both pass or both fail say nothing; of the others, each model should win half.
+
+    Raises:
+        ValueError: they have not as many items.
     """
+    if one.shape != other.shape:
+        raise ValueError(f"one has items {one.shape}, the other {other.shape}: give the same items of both.")
     wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
@@ -113,5 +138,12 @@ def choose(losses: dict[int, float], differences: dict[int, Interval]) -> int:
     Args:
         losses: loop count -> bits per byte.
         differences: loop count -> its loss minus the best one's, paired.
+
+    Raises:
+        ValueError: there are no loop counts, or one has no difference.
     """
+    if not losses or losses.keys() - differences.keys():
+        raise ValueError(
+            f"there are losses of {list(losses)} and differences of {list(differences)}: each loop count needs both."
+        )
     return min(loops for loops in losses if differences[loops].low <= 0.0)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from parloop.corpus import CorpusSettings, collate, load_corpus, pack, text_ids, train_tokenizer
-from parloop.corpus.samples import draw_samples
+from parloop.corpus.samples import samples_of
 from parloop.corpus.sources import read
 from parloop.errors import SourceError
 
@@ -240,7 +240,7 @@ def test_special_tokens_written_in_a_text_are_text(tmp_path):
     assert not (ids == corpus.tokenizer.pad_token_id).any()
     assert text_ids(corpus.tokenizer, "<|eos|>") != [2]
     assert corpus.tokenizer("<|eos|>")["input_ids"] == [1, 2]  # prompts may still use them
-    samples = draw_samples(settings(folder), corpus.tokenizer, 2000, 8, held_out=False)
+    samples = samples_of(settings(folder), corpus.tokenizer, 2000, 8, held_out=False)
     assert not any({0, 2} & set(sample.ids) for sample in samples)
 
 
@@ -311,15 +311,24 @@ def test_pack():
     rows = pack(documents, 4)
     assert rows["input_ids"].tolist() == [[10, 11, 12, 20], [21, 22, 23, 24], [25, 26, 30, 31]]
     assert rows["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
-    assert pack([], 4)["input_ids"].shape == (0, 4)
-    assert pack([np.arange(3)], 4)["input_ids"].shape == (0, 4)
+    for nothing in (pack([], 1), pack([np.arange(3)], 4)):
+        assert {len(column) for column in nothing.values()} == {0}
+    for length, some in ((1, pack([], 1)), (4, rows)):
+        assert {name: (column.dtype, column.shape[1]) for name, column in some.items()} == {
+            "input_ids": (np.int32, length),
+            "position_ids": (np.int32, length),
+        }
 
 
 def test_a_first_token_is_never_a_target():
     rows = pack([np.arange(10, 13), np.arange(20, 27)], 5)
     batch = collate([{name: rows[name][i] for name in rows} for i in range(2)])
-    assert batch["labels"].tolist() == [[-100, 11, 12, -100, 21], [-100, 23, 24, 25, 26]]
-    assert batch["input_ids"].dtype == torch.int64
+    assert {name: column.tolist() for name, column in batch.items()} == {
+        "input_ids": [[10, 11, 12, 20, 21], [22, 23, 24, 25, 26]],
+        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]],
+        "labels": [[-100, 11, 12, -100, 21], [-100, 23, 24, 25, 26]],
+    }
+    assert {column.dtype for column in batch.values()} == {torch.int64}
 
 
 def test_tokenizer_round_trip(tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from parloop.corpus import CorpusSettings, train_tokenizer
 from parloop.corpus.packing import collate
-from parloop.corpus.samples import draw_samples
+from parloop.corpus.samples import samples_of
 from parloop.corpus.tasks import HELD_OUT, TASKS, TRAIN, Encoder, is_task, rows, task_of
 from parloop.corpus.tasks.encode import IGNORED
 from parloop.corpus.tasks.interpreter import ProgramError, run_program
@@ -549,6 +549,6 @@ def test_labels_of_rows_reach_the_batch():
 
 def test_samples_of_a_task_are_held_out_documents():
     task = task_of("task:hops")
-    found = draw_samples(CorpusSettings(source="task:hops"), task.tokenizer(), 20, 5, held_out=False)
+    found = samples_of(CorpusSettings(source="task:hops"), task.tokenizer(), 20, 5, held_out=False)
     assert [sample.ids for sample in found] == [[1, *task.document(number, HELD_OUT).ids[:19]] for number in range(5)]
     assert found[2].name == "task:hops 2 [0:20]"

@@ -323,3 +323,60 @@ def test_one_loop_needs_no_gates():
     assert seen.loops == 1
     assert seen.summary()["gate"] == [None]
     assert seen.summary()["loss"][0] is not None
+
+
+def test_adapters_are_looked_through():
+    """An adapter that changes the model changes the diagnosis; the wrapper itself is no obstacle."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model, batches = tiny_model(dtype=torch.float32), [{"input_ids": random_ids(2, 12)}]
+    plain = parloop.diagnose(model, batches)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    seen = parloop.diagnose(adapted, batches)
+    assert np.abs(seen.values["loss"] - plain.values["loss"]).max() > 1e-3
+    with adapted.disable_adapter():
+        np.testing.assert_allclose(parloop.diagnose(adapted, batches).values["loss"], plain.values["loss"], rtol=1e-5)
+    prompt = get_peft_model(tiny_model(dtype=torch.float32), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(DiagnosisError, match="learns a prompt"):
+        parloop.diagnose(prompt, batches)
+
+
+@pytest.mark.parametrize("n", [True, 2.0, "2", np.bool_(True)])
+def test_what_is_no_loop_count(n):
+    with pytest.raises(DiagnosisError, match=r"num_loops=.* must be an integer of at least 1"):
+        parloop.diagnose(tiny_model(), [{"input_ids": random_ids(1, 4)}], num_loops=n)
+    assert parloop.diagnose(tiny_model(), [{"input_ids": random_ids(1, 4)}], num_loops=np.int64(3)).loops == 3
+
+
+def test_loops_that_there_are_not_are_no_loops():
+    """Python's indices would count them from the end: loop 0 as loop R."""
+    seen = parloop.diagnose(tiny_model(plt_num_loops=3), [{"input_ids": random_ids(4, 12)}])
+    for loop in (0, -1, 4, 10**6, 1.0, True, "2", None):
+        with pytest.raises(DiagnosisError, match=rf"^loop={loop!r} is no loop of this diagnosis: there are 1 to 3\.$"):
+            seen.mean("loss", loop)
+    for since in (0, -2, 4):
+        with pytest.raises(DiagnosisError, match=rf"^since={since} is no loop .* 1 to 3"):
+            seen.change("loss", 3, since=since)
+    with pytest.raises(DiagnosisError, match=r"loop=1 has no loop before it: name another one, since="):
+        seen.change("loss", 1)
+    with pytest.raises(DiagnosisError, match="loop=4 is no loop"):
+        seen.change("loss", 4)
+    assert seen.change("loss", 1, since=3).value == pytest.approx(-seen.change("loss", 3, since=1).value)
+    assert seen.mean("loss", np.int64(2)).as_list() == seen.mean("loss", 2).as_list()
+    one = parloop.diagnose(tiny_model(plt_num_loops=1), [{"input_ids": random_ids(4, 12)}])
+    with pytest.raises(DiagnosisError, match=r"loop=2 is no loop of this diagnosis: there are 1\."):
+        one.mean("loss", 2)
+
+
+def test_lenses_that_there_are_not():
+    seen = parloop.diagnose(tiny_model(), [{"input_ids": random_ids(4, 12)}])
+    with pytest.raises(DiagnosisError, match="there is no lens 'output_shfit': did you mean 'output_shift'"):
+        seen.mean("output_shfit", 2)
+    with pytest.raises(DiagnosisError, match=r"there is no lens 'xyzzy': there are step_size, .* share_tokens"):
+        seen.change("xyzzy", 2)
+
+
+def test_a_change_since_a_loop_that_a_lens_does_not_exist_for_is_nan():
+    seen = parloop.diagnose(tiny_model(), [{"input_ids": random_ids(4, 12)}])
+    assert np.isnan(seen.change("output_shift", 2).as_list()).all()
+    assert np.isnan(seen.mean("output_shift", 1).as_list()).all()

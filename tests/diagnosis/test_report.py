@@ -1,6 +1,7 @@
 """From a checkpoint on disk to the report: samples, command line, page; and the page in a real browser."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,13 +17,15 @@ from test_corpus import write_sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parloop.corpus import CorpusSettings
-from parloop.corpus.samples import draw_samples, padded_batches
-from parloop.diagnosis.checkpoint import diagnose_checkpoint, save_results
+from parloop.corpus import CorpusSettings, load_corpus, sources
+from parloop.corpus.samples import draw_samples, padded_batches, samples_of
+from parloop.diagnosis.checkpoint import default_folder, diagnose_checkpoint, diagnosis_folder, save_results
 from parloop.diagnosis.lenses import LENSES
+from parloop.diagnosis.text import choose_text, same_source
 from parloop.diagnosis.tokens import token_view
-from parloop.errors import SourceError
+from parloop.errors import OutputError, SourceError
 from parloop.report.page import labelled, write_diagnosis_report
+from parloop.train import ChatRecipe, Recipe
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -62,8 +65,8 @@ def report(made, tmp_path_factory):
 
 def test_samples_are_the_same_every_time_and_of_different_documents(made):
     settings = CorpusSettings(source=str(made / "text"))
-    rows = draw_samples(settings, byte_tokenizer(), 40, 10, held_out=False)
-    assert [row.ids for row in rows] == [row.ids for row in draw_samples(settings, byte_tokenizer(), 40, 10, held_out=False)]
+    rows = samples_of(settings, byte_tokenizer(), 40, 10, held_out=False)
+    assert [row.ids for row in rows] == [row.ids for row in samples_of(settings, byte_tokenizer(), 40, 10, held_out=False)]
     assert len({row.name.split(" [")[0] for row in rows}) == 10
     assert all(row.ids[0] == 1 and len(row.ids) <= 40 for row in rows)
 
@@ -71,7 +74,7 @@ def test_samples_are_the_same_every_time_and_of_different_documents(made):
 def test_more_samples_than_documents_take_further_windows(tmp_path):
     (tmp_path / "a.py").write_text("abcdefghij" * 19 + "abcdefghi")  # with <bos>, four windows of 50
     (tmp_path / "b.py").write_text("0123456789" * 7)
-    rows = draw_samples(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 50, 100, held_out=False)
+    rows = samples_of(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 50, 100, held_out=False)
     text = {"a": "", "b": ""}
     for row in rows:
         text[Path(row.name.split(" [")[0]).stem] += byte_tokenizer().decode(row.ids, skip_special_tokens=True)
@@ -85,18 +88,18 @@ def test_held_out_samples_are_those_that_training_leaves_out(made, tmp_path):
 
     settings = CorpusSettings(source=str(made / "text"), vocab_size=300, length=32, validation_share=0.3)
     corpus = load_corpus(settings, cache=tmp_path)
-    rows = draw_samples(settings, corpus.tokenizer, 32, 1000, held_out=True)
+    rows = samples_of(settings, corpus.tokenizer, 32, 1000, held_out=True)
     assert {row.name.split(" [")[0] for row in rows} <= set(corpus.validation["name"])
 
 
 def test_a_source_without_text_is_refused(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(SourceError, match=r"no document of at least 16 tokens.*--extensions"):
-        draw_samples(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 32, 4, held_out=False)
+        samples_of(CorpusSettings(source=str(tmp_path)), byte_tokenizer(), 32, 4, held_out=False)
 
 
 def test_batches_are_padded_on_the_right(made):
-    rows = draw_samples(CorpusSettings(source=str(made / "text")), byte_tokenizer(), 64, 5, held_out=False)
+    rows = samples_of(CorpusSettings(source=str(made / "text")), byte_tokenizer(), 64, 5, held_out=False)
     batches = padded_batches(rows, 2)
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
     ids = sorted(row.ids for row in rows)
@@ -263,3 +266,170 @@ def test_page_in_a_browser(browser, report, width):
     details.find_element(By.TAG_NAME, "summary").click()
     assert details.get_attribute("open")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_few_samples_of_many_documents_are_those_of_the_smallest_hashes(made):
+    """Whatever the order that documents come in, duplicates and documents that are too short among them; others are not kept."""
+    texts = {path.name: path.read_text() for path in sorted((made / "text").rglob("*.py"))[:20]}
+    documents = [*texts.items(), ("short", "a = 1"), ("copy", texts["module_0.py"])]
+    order = sorted(texts, key=lambda name: hashlib.sha256(texts[name].encode()).digest())
+    for shuffled in (documents, documents[::-1]):
+        rows = draw_samples(iter(shuffled), byte_tokenizer(), 40, 7)
+        assert [row.name.split(" [")[0].replace("copy", "module_0.py") for row in rows] == order[:7]
+    assert draw_samples([("short", "a = 1")], byte_tokenizer(), 40, 7) == []
+    for length, samples in ((0, 7), (40, 0), (-1, 7)):
+        with pytest.raises(ValueError, match=f"length={length} and samples={samples} must be at least 1"):
+            draw_samples(documents, byte_tokenizer(), length, samples)
+
+
+@pytest.fixture
+def trained(made, tmp_path):
+    """A checkpoint with a recipe that trained on a folder, and the folder."""
+    shutil.copytree(made / "text", tmp_path / "text")
+    shutil.copytree(made / "r2", tmp_path / "run")
+    Recipe(source=str(tmp_path / "text"), length=32, validation_share=0.3).save(tmp_path / "run" / "recipe.yaml")
+    return tmp_path / "run"
+
+
+def test_training_text_is_known_however_its_path_is_spelt(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("text")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.py").write_text("abc = 1\n" * 20)
+    for data in (None, "text", "./text", str(tmp_path / "text"), "elsewhere/../text/", "link", "~/text"):
+        text = choose_text("run", data)
+        assert text.held_out, data
+        assert text.settings.validation_share == 0.3
+        assert text.trained_on == "no: only documents that training held out, by run/recipe.yaml"
+    # A part of it, more than it, and a glob into it.
+    for data in ("text/package_0", ".", "text/**/*.py", "text/package_1/module_1.py"):
+        text = choose_text("run", data)
+        assert (text.held_out, text.settings.source, text.settings.validation_share) == (True, data, 0.3), data
+    for data in ("elsewhere", "elsewhere/*.py"):
+        text = choose_text("run", data)
+        assert not text.held_out
+        assert text.trained_on == "no: other files than run/recipe.yaml names (copies of these would not be noticed)"
+    (tmp_path / "text" / "notes.md").write_text("# not read by that recipe\n" * 20)
+    assert not choose_text("run", "text/notes.md").held_out
+
+
+def test_held_out_documents_only_are_drawn_from_training_text(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = load_corpus(Recipe.load("run/recipe.yaml").corpus_settings(), cache=tmp_path / "cache")
+    record = diagnose_checkpoint("run", data="./text/../text", samples=1000, length=32, device="cpu")
+    assert record["settings"]["held_out_only"]
+    again = diagnose_checkpoint("run", samples=1000, length=32, device="cpu")
+    assert again["sample_hash"] == record["sample_hash"]
+    held_out = zip(corpus.validation["name"], corpus.validation["text"])
+    monkeypatch.setattr(sources, "read", None)  # with documents at hand the source is not read
+    monkeypatch.setattr(sources, "read_all", None)
+    assert (
+        diagnose_checkpoint("run", samples=1000, length=32, device="cpu", held_out=held_out)["sample_hash"]
+        == again["sample_hash"]
+    )
+
+
+def test_what_is_not_known_of_the_training_is_said(trained, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_text(made / "r2").trained_on == "may be: no recipe.yaml says what the model was trained on"
+    assert choose_text("run/checkpoint-7").held_out  # a checkpoint of the run
+    shutil.copytree("run", "tuned")
+    ChatRecipe(model="run", chat=str(tmp_path / "talks.jsonl")).save("tuned/recipe.yaml")
+    (tmp_path / "talks.jsonl").write_text('{"text": "x"}')
+    text = choose_text("tuned", "text")  # what the base was trained on
+    assert text.held_out
+    assert text.trained_on == "no: only documents that training held out, by run/recipe.yaml"
+    assert choose_text("tuned", "talks.jsonl").trained_on.startswith("may be: tuned/recipe.yaml names it as conversations")
+    Recipe(source=str(tmp_path / "text"), init_from=str(made / "r3"), validation_share=0.4).save("run/recipe.yaml")
+    assert choose_text("run", "text").trained_on == (
+        f"may be: it was made from {made / 'r3'}, of which no recipe.yaml says what it was trained on. As far as known, "
+        f"only documents that training held out, by run/recipe.yaml"
+    )
+    Recipe(source=str(tmp_path / "moved")).save("run/recipe.yaml")
+    assert (
+        f"may be: {tmp_path / 'moved'}, which run/recipe.yaml names, is not there any more"
+        in choose_text("run", "text").trained_on
+    )
+    with pytest.raises(
+        SourceError, match=r"no such file or folder.* This is the text of run/recipe.yaml: for another one, use --data"
+    ):
+        diagnose_checkpoint("run", device="cpu")
+
+
+def test_of_several_trainings_the_smallest_held_out_share_counts(trained, tmp_path, monkeypatch):
+    """What the second one held out, the first one may have trained on."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("run", "again")
+    Recipe(source=str(tmp_path / "text"), init_from="run", validation_share=0.6).save("again/recipe.yaml")
+    text = choose_text("again")
+    assert text.settings.validation_share == 0.3
+    assert text.trained_on == "no: only documents that training held out, by again/recipe.yaml and run/recipe.yaml"
+
+
+def test_of_a_mixture_every_source_counts(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixture = [{"source": f"text/package_{i}", "weight": 1.0 + i} for i in range(2)]
+    Recipe(mixture=mixture, data_streams=8, validation_share=0.2).save("run/recipe.yaml")
+    assert choose_text("run").settings.source.endswith("package_1")
+    for data, held_out in (("text/package_0", True), ("./text/package_1", True), ("text", True), ("text/package_2", False)):
+        assert choose_text("run", data).held_out == held_out, data
+
+
+def test_hub_names_are_compared_with_their_split():
+    assert same_source("hub:a/b", "hub:a/b@train")
+    assert not same_source("hub:a/b", "hub:a/b@test")
+    assert not same_source("stdlib", "./stdlib")
+
+
+def test_the_terminal_and_the_page_say_whether_text_may_have_been_trained_on(trained, tmp_path, monkeypatch, capsys):
+    from parloop import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ["--data", "./text", "--samples", "3", "--length", "32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", "run", *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    said = "no: only documents that training held out, by run/recipe.yaml."
+    assert f"./text: trained on this text? {said}" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "runs" / "diagnose-run" / "report.html").read_text(encoding="utf-8")
+    assert f"Trained on this text? {said}" in page
+
+
+def test_checkpoints_of_the_same_name_have_folders_of_their_own(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("a", "b"):
+        shutil.copytree(made / "r2", tmp_path / place / "final")
+    one, other = [tmp_path / "a" / "final"], [tmp_path / "b" / "final"]
+    assert default_folder(one) == default_folder(other) == Path("runs/diagnose-final")
+    with diagnosis_folder(default_folder(one), one) as out:
+        out.write("report.html", "of a")
+    assert default_folder(one) == default_folder(["a/final"]) == Path("runs/diagnose-final")
+    assert default_folder(other).name.startswith("diagnose-final-")
+    assert default_folder(other) == default_folder(["b/final"])
+    with pytest.raises(OutputError, match=r"holds a diagnosis of .*/a/final, and not of .*/b/final: choose another folder"):
+        diagnosis_folder(Path("runs/diagnose-final"), other).__enter__()
+    with diagnosis_folder(default_folder(other), other) as out:
+        out.write("report.html", "of b")
+    assert Path("runs/diagnose-final/report.html").read_text() == "of a"
+    monkeypatch.chdir(tmp_path / "a" / "final")
+    assert default_folder(["."]) == Path("runs/diagnose-final")
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html", "lenses.csv", "lenses-heads.png", "thesis.tex"])
+def test_a_report_is_not_written_over_somebody_elses_files(made, tmp_path, name, monkeypatch, capsys):
+    """And that is found out before anything is loaded."""
+    from parloop import cli
+
+    (tmp_path / name).write_text("mine")
+    monkeypatch.setattr("parloop.diagnosis.checkpoint.load_model", None)
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", str(made / "r2"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert f"is not empty and holds no diagnosis ({name}): choose another folder" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

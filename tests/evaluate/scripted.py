@@ -16,10 +16,11 @@ class Listener(ThreadingHTTPServer):
 
 
 class Scripted:
-    """Attributes: url, with /v1; requests, what was asked."""
+    """Attributes: url, with /v1; requests, what was asked; version, what it says of itself, if anything."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Reply], names: tuple[str, ...] = ("toy@2",)):
         self.answer, self.names, self.requests = answer, names, []
+        self.version: Any = None
         self.server = Listener(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
@@ -53,6 +54,8 @@ def _handler(scripted: Scripted) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path == "/v1/models":
                 self._send(200, json.dumps({"data": [{"id": name} for name in scripted.names]}).encode())
+            elif self.path == "/version" and scripted.version is not None:
+                self._send(200, json.dumps(scripted.version).encode())
             else:
                 self._send(404, b'{"error": {"message": "no such path"}}')
 

@@ -250,6 +250,7 @@ def test_report(parloop, tmp_path, where):
         "report.html",
         "evaluation.png",
         "evaluation.json",
+        "parloop.json",
     }
     assert f"parloop eval --report {' '.join(where)}" in (tmp_path / "out/report.html").read_text()
 
@@ -260,3 +261,15 @@ def test_a_report_of_something_else(parloop, tmp_path):
     code, said = parloop("--report", "out")
     assert code == 2
     assert "'out/result.json' is no result of parloop eval (it has no benchmark): take it away" in said
+
+
+@pytest.mark.parametrize("name", ["report.html", "evaluation.png", "evaluation.json"])
+def test_a_report_is_not_written_over_somebody_elses_files(parloop, tmp_path, name):
+    result("out", 1, {"a": 1.0})
+    (tmp_path / "out" / name).write_text("mine")
+    code, said = parloop("--report", "out", "--output", "out")
+    assert code == 2
+    assert f"output 'out' holds {name}, which parloop did not write" in said
+    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert parloop("--report", "out", "--output", "elsewhere")[0] == 0
+    assert parloop("--report", "out", "--output", "elsewhere")[0] == 0  # its own it writes again

@@ -97,6 +97,11 @@ def test_wilson(n_passed, n, low, high):
     assert interval.as_list() == pytest.approx([n_passed / n, low, high], abs=5e-5)
 
 
+def test_wilson_stays_within_none_and_all():
+    """Whatever rounding says."""
+    assert all(wilson(0, n).low >= 0.0 and wilson(n, n).high <= 1.0 for n in range(1, 500))
+
+
 # Intervals of results
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny_config
 from rich.console import Console
 
+from parloop.corpus import cache
 from parloop.errors import EvaluationError
 from parloop.evaluate import environments, needs, run, sandbox
 from parloop.evaluate.benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, benchmarks
@@ -464,3 +465,15 @@ def test_rows_of_multi_swe_bench(tmp_path):
     job = Job(tmp_path, "", "toy@2", 2, {}, bins={"multi-swe-bench": tmp_path}, data=tmp_path)
     with pytest.raises(EvaluationError, match=r"--data multi_swe_bench=FOLDER, with dataset.jsonl \(docs/evaluation.md\)"):
         benchmarks()["multi_swe_bench"].steps(job)
+
+
+def test_an_environment_where_the_cache_cannot_be_written(python, tmp_path, monkeypatch):
+    python()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(environments, "default_cache", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    folder = environments.make(Environment("evalplus"), QUIET)
+    assert folder.is_relative_to(tmp_path / f"parloop-{os.getuid()}" / "evaluate")
+    (tmp_path / "log").unlink()
+    assert environments.make(Environment("evalplus"), QUIET) == folder  # it is there
+    assert not (tmp_path / "log").exists()

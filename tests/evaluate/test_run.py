@@ -14,7 +14,7 @@ from conftest import tiny_config
 from rich.console import Console
 from scripted import Scripted
 
-from parloop.errors import CheckpointError, EvaluationError
+from parloop.errors import CheckpointError, EvaluationError, OutputError
 from parloop.evaluate import results, run, serving
 from parloop.evaluate.benchmark import Benchmark, Needs, Outcome, Step, benchmarks
 from parloop.evaluate.needs import Check
@@ -131,6 +131,52 @@ def test_fresh_starts_over(known, server, tmp_path):
     assert (folder(tmp_path, "two") / "result.json").exists()
 
 
+def test_starting_over_deletes_nothing_of_others(known, server, tmp_path):
+    known(made())
+    evaluate(request(server, tmp_path), QUIET)
+    (folder(tmp_path) / "notes.txt").write_text("mine")
+    before = len(server.requests)
+    with pytest.raises(
+        OutputError, match=r"one' holds what parloop eval did not write \(notes.txt\): move it away, or choose"
+    ):
+        evaluate(request(server, tmp_path, fresh=True), QUIET)
+    assert (folder(tmp_path) / "result.json").exists()
+    assert evaluate(request(server, tmp_path), QUIET)  # to read it again is fine
+    (folder(tmp_path) / "result.json").unlink()
+    assert evaluate(request(server, tmp_path), QUIET)  # and so is to go on beside it
+    assert (folder(tmp_path) / "notes.txt").read_text() == "mine"
+    assert len(server.requests) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["work", "result.json", "settings.json", "thesis.tex"])
+def test_a_folder_of_somebody_else_is_refused(known, server, tmp_path, fresh, name):
+    """Before a server is asked, and nothing is written into it."""
+    known(made())
+    folder(tmp_path).mkdir(parents=True)
+    (folder(tmp_path) / name).write_text("{}")
+    with pytest.raises((OutputError, EvaluationError), match=rf"holds what parloop eval did not write \({name}\)"):
+        evaluate(request(server, tmp_path, fresh=fresh), QUIET)
+    assert [path.name for path in folder(tmp_path).iterdir()] == [name]
+    assert server.requests == []
+
+
+def test_what_cannot_be_written_is_found_out_before_anything_is_asked(known, server, tmp_path, monkeypatch):
+    known(made())
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match=r"cannot be made, since '.*/out' is a file: choose a folder"):
+        evaluate(request(server, tmp_path), QUIET)
+    (tmp_path / "out").unlink()
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder(tmp_path)))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(OutputError, match=r"one' cannot be written \(Read-only file system\): choose another --output"):
+        evaluate(request(server, tmp_path), QUIET)
+    assert server.requests == []
+
+
 def test_another_measurement_does_not_go_into_the_same_folder(known, server, tmp_path):
     known(made())
     evaluate(request(server, tmp_path), QUIET)
@@ -232,7 +278,7 @@ def test_a_tool_that_outlives_its_run_keeps_others_out(known, server, tmp_path, 
             evaluate(request(server, tmp_path), QUIET)
     known(made())
     who = rf"another run works in '.*one' \(parloop: process {os.getpid()}, scores: process {left[0].pid}\): wait for it"
-    with pytest.raises(EvaluationError, match=who):
+    with pytest.raises(OutputError, match=who):
         evaluate(request(server, tmp_path, fresh=fresh), QUIET)
     assert server.requests == []
     left[0].kill()
@@ -371,6 +417,7 @@ class Fake:
             0,
             7,
         )
+        self.engine = "some engine 1.2"
 
     def start(self):
         self.starts += 1
@@ -446,6 +493,32 @@ def test_what_loads_the_checkpoint_itself_starts_none(known, served, checkpoint,
     (result,) = evaluate(Request(["one"], checkpoint=checkpoint, output=tmp_path / "out"), QUIET)
     assert list(result["items"]) == [checkpoint]
     assert served.started == []
+
+
+@pytest.mark.parametrize("options", [[], ["--engine", "vllm"], ["--engine=transformers"]])
+def test_the_engine_is_what_our_server_says(known, served, checkpoint, tmp_path, options):
+    """However it was asked for. What loads the checkpoint itself has the library that it loads it with, whatever runs beside."""
+    known(made(), made("two", steps=shell("true"), parse=lambda job: Outcome({"a": 1.0}), needs_server=False))
+    asks = Request(["one", "two"], checkpoint=checkpoint, output=tmp_path / "out", serve_options=options)
+    assert [result["model"]["engine"] for result in evaluate(asks, QUIET)] == ["some engine 1.2", "transformers"]
+
+
+@pytest.mark.parametrize(
+    ("version", "engine"),
+    [
+        (None, "unknown"),
+        ({"version": "0.32.0"}, "vLLM 0.32.0"),
+        ({"engine": "transformers", "version": "5.23.0"}, "transformers 5.23.0"),
+        (["1.0"], "unknown"),
+        ({"build": 7}, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_engine_of_a_server_that_runs(known, server, tmp_path, version, engine, slash):
+    known(made())
+    server.version, server.url = version, server.url + slash
+    (result,) = evaluate(request(server, tmp_path), QUIET)
+    assert result["model"]["engine"] == engine
 
 
 @pytest.mark.parametrize("on_error", ["stop", "go on"])

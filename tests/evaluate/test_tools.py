@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from rich.console import Console
 from scripted import Scripted, call
@@ -111,7 +112,7 @@ def test_evalplus_against_our_server(checkpoint, tmp_path):
     assert one["value"] == two["value"] == 0.0
     assert one["settings_hash"] == two["settings_hash"]
     assert one["model"]["hash"] == two["model"]["hash"]
-    assert one["model"]["engine"] == "transformers"
+    assert one["model"]["engine"] == f"transformers {transformers.__version__}"
     assert two["cost"]["requests"] >= 1
     assert two["cost"]["completion_tokens"] > 0
     # Everything is there: nothing is started or asked again.

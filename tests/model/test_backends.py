@@ -96,6 +96,41 @@ def test_bfloat16_is_close_to_float32(R):
     assert ((a - torch.cat(steps, dim=1).float()).std() / scale) < 0.05
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("R", [1, 3])
+def test_autocast_is_close_to_float32(R, attn):
+    """Weights in float32, products in bfloat16: masks have to be of the queries' type. Prompt and step of a padded batch."""
+    model = tiny_model(plt_num_loops=R, dtype=torch.float32, attn=attn)
+    ids, mask = left_padded([random_ids(n, seed=n) for n in (3, 40)])
+
+    def logits():
+        cache = make_cache(model.config)
+        with torch.no_grad():
+            prompt = model(ids[:, :39], attention_mask=mask[:, :39], past_key_values=cache).logits
+            step = model(ids[:, 39:], attention_mask=mask, past_key_values=cache).logits
+        return torch.cat((prompt, step), dim=1)[mask.bool()].float()
+
+    exact = logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = logits()
+    assert 1e-4 < (exact - half).std() / exact.std() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("R", [1, 3])
+def test_far_positions_are_as_exact_as_near_ones(R, dtype):
+    """Angles are computed in float32: bfloat16 tells no position beyond 256 from its neighbours, float16 none beyond 2048."""
+    ids = random_ids(2, 60)
+    exact, half = (tiny_model(plt_num_loops=R, dtype=torch.float32).to(to) for to in (torch.float32, dtype))
+    errors = []
+    for start in (0, 300, 5000):
+        call = {"position_ids": torch.arange(start, start + 60)[None], "use_cache": False}
+        with torch.no_grad():
+            a, b = exact(ids, **call).logits, half(ids, **call).logits.float()
+        errors.append(((a - b).std() / a.std()).item())
+    assert max(errors) < 1.5 * errors[0]
+
+
 @pytest.mark.slow
 def test_compiled_training_step_equals_eager():
     model = tiny_model(plt_num_loops=2, dtype=torch.float32).train()

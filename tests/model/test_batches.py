@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from parloop import make_cache
 
@@ -28,6 +30,99 @@ def test_left_padding(R, attn, positions):
         together = model(ids, attention_mask=mask, position_ids=position_ids).logits
         for row, logits in zip(rows, together):
             torch.testing.assert_close(logits[-len(row) :], model(row[None]).logits[0], **EXACT)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("w", [0, 3, 40])
+@pytest.mark.parametrize("R", [1, 3])
+def test_padding_is_finite_and_teaches_nothing(R, w, side, attn):
+    """A token that sees nothing would be NaN, and so would every gradient; and gradients are those of the texts alone."""
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], attn=attn)
+    rows = [random_ids(n, seed=n) for n in (1, 5, 40)]
+    ids, mask = left_padded(rows)
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    output = model(ids, attention_mask=mask)
+    assert all(state.isfinite().all() for state in (output.logits, *output.loop_states))
+    output.logits[mask.bool()].square().sum().backward()
+    padded = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row in rows:
+        model(row[None] if side == "left" else row.flip(0)[None]).logits.square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(padded[name], p.grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_of_padding_alone_is_finite(static, attn):
+    """As a batch is filled up with; the other rows do not see it, in prompts and in steps."""
+    model = tiny_model(plt_num_loops=3, attn=attn)
+    ids = random_ids(2, 8)
+    mask = torch.tensor([[0] * 8, [1] * 8])
+    cache = make_cache(model.config, max_cache_len=8 if static else None)
+    with torch.no_grad():
+        logits = [model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
+        logits += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in (6, 7)]
+        logits = torch.cat(logits, dim=1)
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits[1], model(ids[1:]).logits[0], **EXACT)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_type(kind):
+    model = tiny_model()
+    ids, mask = left_padded([random_ids(n, seed=n) for n in (4, 12)])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.equal(model(ids, attention_mask=mask.to(kind)).logits, expected)
+        assert torch.equal(model(ids, attention_mask=(2 * mask).to(kind)).logits, expected)
+
+
+def test_one_row_of_positions_serves_all_rows():
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(3, 12)
+    positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
+    with torch.no_grad():
+        for call in ({}, {"attention_mask": torch.ones_like(ids)}):
+            one, each = (model(ids, position_ids=p, **call).logits for p in (positions, positions.expand(3, -1)))
+            assert torch.equal(one, each)
+        starts_at_nine = model(ids, position_ids=torch.arange(9, 21)[None]).logits
+        torch.testing.assert_close(starts_at_nine, model(ids).logits, atol=1e-9, rtol=0)  # RoPE tells distances only
+
+
+def test_documents_whose_positions_go_on():
+    """A document starts wherever positions do not go up by one, also where they do not start at 0: three documents here."""
+    model = tiny_model(plt_num_loops=2)
+    documents = [random_ids(n, seed=n) for n in (4, 5, 6)]
+    positions = torch.cat((torch.arange(4), torch.arange(7, 12), torch.arange(12, 18) + 5))[None]
+    with torch.no_grad():
+        together = model(torch.cat(documents)[None], position_ids=positions).logits[0]
+        alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+
+
+def test_positions_may_do_as_they_like_in_padding():
+    model = tiny_model(plt_num_loops=2)
+    ids, mask = left_padded([random_ids(n, seed=n) for n in (4, 12)])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    wild = positions.masked_fill(mask == 0, 0) + (1 - mask) * torch.tensor([5, 3, 9, 0, 7, 1, 4, 4, 0, 0, 0, 0])
+    with torch.no_grad():
+        for cache in (None, make_cache(model.config)):
+            got = model(ids, attention_mask=mask, position_ids=wild, past_key_values=cache).logits
+            torch.testing.assert_close(got[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], **EXACT)
+
+
+def test_a_chunk_may_start_anywhere():
+    """Given positions of a later chunk go up by one and do not start at 0: no other document."""
+    model = tiny_model(plt_num_loops=2)
+    ids, cache = random_ids(2, 12), make_cache(tiny_model().config)
+    positions = torch.arange(12).expand(2, -1)
+    with torch.no_grad():
+        first = model(ids[:, :5], position_ids=positions[:, :5], past_key_values=cache).logits
+        second = model(ids[:, 5:], position_ids=positions[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(torch.cat((first, second), dim=1), model(ids).logits, **EXACT)
 
 
 def test_right_padding():
@@ -181,3 +276,59 @@ def test_packed_rows_are_refused_where_flash_attention_would_mix_them():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     with pytest.raises(ValueError, match=r"batches of one row only.*flex_attention"):
         model(random_ids(2, 6), position_ids=positions)
+
+
+@pytest.mark.parametrize("R", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "extended"])
+def test_rows_of_a_cache_are_repeated_and_selected(R, kind):
+    """Contrastive search and best-of-n with a shared prompt: one prompt's cache for several rows, then some of them."""
+    model = tiny_model(plt_num_loops=R)
+    ids, more = random_ids(2, 9), random_ids(6, 4, seed=1)
+    if kind == "extended":
+        cache = DynamicCache()
+    else:
+        cache = make_cache(model.config, max_cache_len=32 if kind == "static" else None)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        rows = ids.repeat_interleave(3, dim=0)
+        whole = model(torch.cat((rows, more), dim=1), use_cache=False).logits
+        for t in range(2):
+            step = model(more[:, t : t + 1], past_key_values=cache).logits
+            torch.testing.assert_close(step, whole[:, 9 + t : 10 + t], **EXACT)
+        kept = torch.tensor([5, 0])
+        cache.batch_select_indices(kept)
+        step = model(more[kept, 2:4], past_key_values=cache).logits
+        torch.testing.assert_close(step, whole[kept, 11:13], **EXACT)
+
+
+class Reads(TorchDispatchMode):
+    """Values that Python asks of tensors: on a GPU each makes the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("w", [0, 4])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_a_step_of_a_left_padded_batch_reads_nothing_from_the_device(R, w, attn):
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], attn=attn)
+    rows = [random_ids(n, seed=n) for n in (2, 7)]
+    ids, mask = left_padded(rows)
+    new = random_ids(2, 6)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for t in range(6):
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+            with Reads() as reads:
+                logits = model(new[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits
+            assert reads.count == 0
+            for row, text in enumerate(rows):
+                alone = model(torch.cat((text, new[row, : t + 1]))[None], use_cache=False).logits
+                torch.testing.assert_close(logits[row, -1], alone[0, -1], **EXACT)

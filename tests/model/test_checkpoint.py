@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import CASES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import parloop
 from parloop import PLTConfig, PLTForCausalLM, PLTModel
 
 BAD = [
@@ -33,7 +36,68 @@ BAD = [
     ({"hidden_act": "swish2"}, "hidden_act='swish2' is not known"),
     ({"rope_scaling": {"rope_type": "yaarn"}}, "rope_type='yaarn', which transformers does not know"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling=.*'linear'.* lacks a field: .*'factor'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer of at least 1"),
+    *(
+        ({name: value}, f"{name}={value!r} must be an integer of at least 1")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        for value in (0, -1, 1.0, "8", None)
+    ),
+    *(({"head_dim": value}, f"head_dim={value!r} must be an even integer of at least 2") for value in (0, -2, 1, 8.0, "8")),
+    *(
+        ({"num_key_value_heads": value}, f"num_key_value_heads={value!r} must be a positive")
+        for value in (0, -1, 8, 2.0, "2")
+    ),
+    *(
+        (
+            {"num_attention_heads": value, "num_key_value_heads": 1, "head_dim": None},
+            "must be a positive divisor of hidden_size=32",
+        )
+        for value in (0, -4, 3, 4.0, "4")
+    ),
+    *(
+        ({"plt_num_loops": value}, f"plt_num_loops={value!r} must be an integer of at least 1")
+        for value in (-1, True, "2", None)
+    ),
+    *(
+        ({"plt_trained_loops": value}, "must be a list of loop counts, each at least 1, or null")
+        for value in ([], "12", {1, 2}, 3)
+    ),
+    *(
+        ({"plt_trained_loops": [2, value]}, f"plt_trained_loops: each={value!r} must be an integer")
+        for value in (0, True, 2.0)
+    ),
+    *(({"plt_offset": value}, f"plt_offset={value!r} must be an integer of at least 0") for value in (-1, True, 1.0, None)),
+    *(
+        ({"plt_window_size": value}, r"must be \[w, 0\] with w >= 0")
+        for value in ([4, -1], [True, 0], [4, False], [4, 0.0], ["4", 0], "40", [4, 0, 0], [], {"4": 0, "5": 0})
+    ),
+    *(
+        ({name: value}, f"{name}={value!r} must be a number, or null")
+        for name in ("plt_emb_scale", "plt_hidden_scale")
+        for value in (True, False, "1")
+    ),
+    *(
+        ({name: value}, f"{name}={value!r} must be true or false")
+        for name in ("plt_normalize_per_loop", "attention_bias", "mlp_bias", "qk_norm")
+        for value in (1, 0, None, "true")
+    ),
+    *(({"plt_gate_use_hidden_states": value}, "is not a known gate mode") for value in (1, 0, None)),
+    *(({"attention_output_bias": value}, "must be true, false, or null") for value in (2, "true", [])),
+]
+GOOD = [
+    {"vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "max_position_embeddings": 1},
+    {"hidden_size": 1, "head_dim": 2},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 4},
+    {"num_attention_heads": 3, "num_key_value_heads": 3},  # no divisor of the hidden size: head_dim says how wide they are
+    {"plt_num_loops": 1},
+    *({"plt_trained_loops": value} for value in (None, [1], (1, 3))),
+    *({"plt_window_size": value} for value in ([0, 0], (3, 0))),
+    *({"plt_emb_scale": value, "plt_hidden_scale": value} for value in (None, 0, 1, -0.5)),
+    *({"attention_output_bias": value} for value in (None, True, False)),
+    *({"eos_token_id": value} for value in (None, 3, [3, 4])),
+    {"hidden_act": "gelu"},
 ]
 
 
@@ -43,11 +107,50 @@ def test_bad_configurations_are_refused_by_name(change, message):
         tiny_config(**change)
 
 
+@pytest.mark.parametrize("change", GOOD, ids=str)
+def test_configurations_at_the_edge_of_what_is_possible(change):
+    config = tiny_config(**change)
+    assert {name: getattr(config, name) for name in change} == change
+
+
+def test_what_follows_from_other_fields():
+    config = tiny_config(
+        num_key_value_heads=None, head_dim=None, num_attention_heads=4, hidden_size=48, plt_window_size=None
+    )
+    assert (config.num_key_value_heads, config.head_dim, config.plt_window_size) == (4, 12, [64, 0])
+    assert tiny_config(eos_token_id=(3, 4)).eos_token_id == [3, 4]
+    assert tiny_config(plt_num_loops=3).trained_loops == [3]
+    assert tiny_config(plt_num_loops=3, plt_trained_loops=(1, 2)).trained_loops == [1, 2]
+    for both, output, expected in ((False, None, False), (True, None, True), (True, False, False), (False, True, True)):
+        assert tiny_config(attention_bias=both, attention_output_bias=output).output_bias is expected
+
+
+def test_configurations_are_equal_if_their_fields_are(tmp_path):
+    assert tiny_config() == tiny_config()
+    tiny_config().save_pretrained(tmp_path)
+    loaded = PLTConfig.from_pretrained(tmp_path)
+    assert loaded == tiny_config()
+    assert json.dumps(loaded.to_dict()) == json.dumps(tiny_config().to_dict())
+    assert tiny_config() != tiny_config(plt_num_loops=3)
+    assert tiny_config() != tiny_config().to_dict()
+
+
 def test_fields_set_later_are_checked_too(tmp_path):
     config = tiny_config()
+    for change, message in BAD:
+        if len(change) > 1 or "rope_scaling" in change:
+            continue
+        before = config.to_dict()
+        with pytest.raises(ValueError, match=message):
+            setattr(config, *next(iter(change.items())))
+        assert config.to_dict() == before
     with pytest.raises(ValueError, match="plt_num_loops=0"):
-        config.plt_num_loops = 0
-    assert config.plt_num_loops == 2
+        config.num_loops = 0
+    with pytest.raises(ValueError, match="yaarn"):
+        config.rope_parameters = {"rope_type": "yaarn", "rope_theta": 1e4}
+    assert config == tiny_config()
+    config.plt_num_loops = 5
+    assert config.num_loops == 5
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="plt_window_size"):
         AutoConfig.from_pretrained(tmp_path, plt_window_size=[3, 3])
@@ -87,13 +190,88 @@ def test_loads_by_name_and_wins_over_auto_map(tmp_path, trust_remote_code):
     assert type(AutoModel.from_pretrained(source, **options)) is PLTModel
 
 
-def test_registering_does_not_break_on_a_native_class():
-    """A later transformers may bring its own class under this name."""
-    import importlib
+def test_a_configuration_has_an_auto_map_for_those_who_read_it(tmp_path):
+    """TRL and others read it of every model that transformers does not bring itself. Empty, it is not written."""
+    from trl.trainer.utils import create_model_from_path
 
-    import parloop
+    model = tiny_model(dtype=torch.float32)
+    assert model.config.auto_map == {}
+    model.save_pretrained(tmp_path / "new")
+    assert "auto_map" not in json.loads((tmp_path / "new/config.json").read_text())
 
-    importlib.reload(parloop)
+    loaded = create_model_from_path(str(tmp_path / "new"))
+    assert type(loaded) is PLTForCausalLM
+    assert loaded.config.auto_map == {}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "new/config.json").read_text()
+    read, asked = (AutoConfig.from_pretrained(tmp_path / "new") for _ in range(2))
+    assert asked.auto_map == {}
+    assert asked == read
+
+
+def test_an_auto_map_that_a_file_or_a_user_gave_is_kept(tmp_path):
+    """Each configuration has its own: what one is given, another does not get."""
+    given = {"AutoModelForCausalLM": "modeling.Model"}
+    source = copy_case(CASES[0], tmp_path, auto_map=given)
+    config = AutoConfig.from_pretrained(source)
+    assert config.auto_map == given
+    config.save_pretrained(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept/config.json").read_text())["auto_map"] == given
+
+    config = tiny_config()
+    config.auto_map["AutoConfig"] = "configuration.Config"  # as register_for_auto_class() does when a model is saved
+    assert tiny_config().auto_map == {}
+    config.save_pretrained(tmp_path / "given")
+    assert json.loads((tmp_path / "given/config.json").read_text())["auto_map"] == {"AutoConfig": "configuration.Config"}
+
+
+ORDERS = {  # of imports, and what is there at once
+    "transformers first": "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM; import parloop",
+    "parloop first": "import parloop; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a class of ours first": "from parloop import PLTForCausalLM; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a module of ours first": "import parloop.model.modeling; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "a native class there before": """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+class Native(LlamaConfig):
+    model_type = "iquestpltcoder"
+class NativeModel(LlamaModel):
+    config_class = Native
+class NativeForCausalLM(LlamaForCausalLM):
+    config_class = Native
+AutoConfig.register("iquestpltcoder", Native)
+AutoModel.register(Native, NativeModel)
+AutoModelForCausalLM.register(Native, NativeForCausalLM)
+import parloop
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_find_the_model_in_any_order_of_imports(order):
+    """Also where a later transformers brings its own class under this name: ours is exact."""
+    program = f"""{ORDERS[order]}
+for auto, name in ((AutoModel, "PLTModel"), (AutoModelForCausalLM, "PLTForCausalLM")):
+    model = auto.from_pretrained({str(CASES[0])!r})
+    assert type(model) is getattr(parloop, name), type(model)
+assert type(AutoConfig.from_pretrained({str(CASES[0])!r})) is parloop.PLTConfig
+"""
+    if "import parloop" not in program:
+        program = f"import parloop\n{program}"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_torchao_does_not_complain_of_a_machine_without_a_gpu():
+    program = "import parloop; from transformers import AutoModelForCausalLM; import torchao"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "Failed to load" not in result.stderr
+
+
+def test_importing_the_package_imports_no_torch():
+    program = "import sys, parloop; assert not {'torch', 'transformers'} & set(sys.modules); parloop.PLTConfig; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'PLTForCausalLLM'"):
+        parloop.PLTForCausalLLM  # noqa: B018
+    assert {"PLTForCausalLM", "diagnose", "make_cache"} <= set(dir(parloop))
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)

@@ -157,6 +157,64 @@ def test_hidden_states_and_attentions():
     assert [weights.shape[-1] for weights in step.attentions] == [41] * 6
 
 
+def test_hidden_states_are_every_layers_output_loop_after_loop():
+    """Entry 0 is the embedding, entry (r - 1) * L + n layer n's output of loop r before the final norm, and the last is after it:
+    taken from the layers themselves."""
+    L, R = 2, 3
+    model = tiny_model(plt_num_loops=R, num_hidden_layers=L)
+    ids, seen = random_ids(2, 9), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, args, output: seen.append(output[0]))
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+        states = output.hidden_states
+        assert len(states) == 1 + L * R
+        assert torch.equal(states[0], model.model.embed_tokens(ids))
+        for entry, layer_output in zip(states[1:-1], seen[:-1]):
+            assert torch.equal(entry, layer_output)
+        for loop in range(R - 1):
+            torch.testing.assert_close(model.model.norm(states[(loop + 1) * L]), output.loop_states[loop])
+        assert torch.equal(states[-1], output.loop_states[-1])
+        torch.testing.assert_close(states[-1], model.model.norm(seen[-1]))
+
+
+@pytest.mark.parametrize("wanted", [-1, 6, [-1], [0, 3, -2]])
+def test_hidden_states_are_chosen_by_number_over_all_loops(wanted):
+    """Negative ones from the end of the last loop, not of the first."""
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        chosen = model(ids, output_hidden_states=wanted).hidden_states
+    numbers = {n % 7 for n in ([wanted] if isinstance(wanted, int) else wanted)}
+    assert {n for n, state in enumerate(chosen) if state is not None} == numbers
+    for n in numbers:
+        assert torch.equal(chosen[n], states[n])
+
+
+def test_hidden_states_cannot_be_chosen_by_number_at_another_loop_count():
+    model = tiny_model(plt_num_loops=3, plt_trained_loops=[1, 3])
+    with pytest.raises(
+        ValueError, match=r"output_hidden_states=\[-1\] counts what 3 loops return, and this call has num_loops=1"
+    ):
+        model(random_ids(2, 9), num_loops=1, output_hidden_states=[-1])
+    assert len(model(random_ids(2, 9), num_loops=1, output_hidden_states=True).hidden_states) == 1 + 2
+
+
+def test_hidden_states_of_generated_tokens():
+    """One tuple per step, and all loops of every token in it."""
+    model = tiny_model(plt_num_loops=3)
+    ids = random_ids(2, 9)
+    output = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3, do_sample=False)
+    whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states
+    assert [[tuple(state.shape[:2]) for state in step] for step in output.hidden_states] == [[(2, 9)] * 7] + [
+        [(2, 1)] * 7
+    ] * 2
+    for n, expected in enumerate(whole):
+        parts = torch.cat([step[n] for step in output.hidden_states], dim=1)
+        torch.testing.assert_close(parts, expected, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("w", [0, 3, 50])
 def test_attentions_of_later_loops_are_the_gated_mixture(w):
     """Multiplying the returned weights of a later loop with one-hot values gives back what the layer attended to."""

@@ -1,15 +1,21 @@
 """Gradients, gradient checkpointing, LoRA: what a trainer relies on."""
 
+import copy
+
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from test_llama import llama_config
+from transformers import LlamaForCausalLM
+
+from parloop.model.cache import PrefixCache
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_gradcheck(offset):
     """The gradient of a toy, through every mechanism, against finite differences."""
-    model = tiny_model(
-        plt_num_loops=3, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4
-    )
+    toy = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    model = tiny_model(plt_num_loops=3, plt_offset=offset, **toy)
     names = [name for name, _ in model.named_parameters() if "embed" not in name]
     e = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
 
@@ -79,12 +85,72 @@ def test_loops_are_recomputed_whole(layers):
     assert other_held < held / 3
 
 
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+CHECKPOINTED = [(1, True, False), (2, False, False), (2, True, True), (3, None, False)]
+
+
+@pytest.mark.parametrize(("R", "use_reentrant", "static_graph"), CHECKPOINTED)
+def test_checkpointing_in_distributed_data_parallel(R, use_reentrant, static_graph, one_process_group):
+    """All that works there gives the gradients of a plain model, two steps in a row."""
+    ids = random_ids(2, 20)
+    plain = tiny_model(plt_num_loops=R).train()
+    plain(ids, labels=ids).loss.backward()
+    model = tiny_model(plt_num_loops=R).train()
+    model.activation_checkpointing_enable(None if use_reentrant is None else {"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=static_graph)
+    for _ in range(2):
+        parallel.zero_grad()
+        parallel(ids, labels=ids).loss.backward()
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).grad, p.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_reentrant_checkpointing_of_loops_in_distributed_data_parallel_is_refused(adapters, one_process_group):
+    """DistributedDataParallel would fail in the backward pass, in terms of its own. Outside of it, and in evaluation, all is well."""
+    from peft import LoraConfig, get_peft_model
+
+    ids = random_ids(2, 20)
+    model = tiny_model(plt_num_loops=2).train()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match=r"a gradient per loop, 2 here.*'use_reentrant': False"):
+        parallel(input_ids=ids, labels=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    parallel.eval()
+    parallel(input_ids=ids, labels=ids)
+
+
 def test_loops_are_not_recomputed_where_nothing_is_learnt():
     model = tiny_model(plt_num_loops=2)
     expected = model(random_ids(1, 9)).logits
     model.model.checkpoint_loops = True
     assert torch.equal(model(random_ids(1, 9)).logits, expected)
     model.generate(random_ids(1, 9), max_new_tokens=3)
+
+
+def test_loops_are_not_recomputed_where_a_cache_is_written():
+    """It would be written twice. Through the cache, a learnt prefix gets the gradient that it gets without recomputation."""
+    gradients = []
+    for recomputed in (False, True):
+        model = tiny_model(plt_num_loops=2).train()
+        model.model.checkpoint_loops = recomputed
+        keys = torch.ones(2, 1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+        cache = PrefixCache([(keys[layer], keys[layer] * 2) for layer in range(2)])
+        model(random_ids(1, 9), labels=random_ids(1, 9), past_key_values=cache).loss.backward()
+        gradients.append(keys.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_masks_are_laid_out_once():
@@ -110,6 +176,39 @@ def test_masks_are_laid_out_once():
 def test_training_mode_keeps_no_cache():
     model = tiny_model().train()
     assert model(random_ids(1, 4)).past_key_values is None
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("w", [0, 4, 40])
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_dropout_reaches_every_attention(R, w, attn):
+    """Where all weights are dropped, global and local ones, a layer's attention gives nothing; without training, all of it."""
+    model = tiny_model(attn=attn, attention_dropout=1.0, plt_num_loops=R, plt_window_size=[w, 0])
+    plain = tiny_model(attn=attn, plt_num_loops=R, plt_window_size=[w, 0])
+    with torch.no_grad():
+        for T in (1, 50):
+            ids = random_ids(2, T)
+            attended = plain(ids).logits
+            torch.testing.assert_close(model.eval()(ids).logits, attended, atol=1e-12, rtol=0)
+            dropped = model.train()(ids).logits
+            blind = copy.deepcopy(plain)
+            for layer in blind.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+            torch.testing.assert_close(dropped, blind(ids).logits, atol=1e-12, rtol=0)
+            assert (dropped - attended).abs().max() > 0.1
+
+
+def test_dropout_of_one_loop_is_llamas():
+    """The same weights are dropped for the same seed, and what is left is scaled alike."""
+    model = tiny_model(attn="eager", dtype=torch.float32, attention_dropout=0.3, plt_num_loops=1).train()
+    llama = LlamaForCausalLM(llama_config(model.config)).train()
+    llama.load_state_dict(model.state_dict())
+    llama.set_attn_implementation("eager")
+    logits = []
+    for either in (model, llama):
+        torch.manual_seed(1)
+        logits.append(either(random_ids(2, 20)).logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
 def test_lora_trains_saves_and_merges(tmp_path):

@@ -1,10 +1,10 @@
-"""transformers' server with a PLT: answers over HTTP, as OpenAI's client reads them, against generate() in this process.
+"""The server without vLLM: answers over HTTP, as OpenAI's client reads them, against generate() in this process.
 
 What a tiny random model says is scripted where it matters, with generate()'s sequence_bias, which a request may hold.
 """
 
 import asyncio
-import inspect
+import contextlib
 import itertools
 import json
 import os
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,17 +21,19 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
+import transformers
+import uvicorn
 from conftest import tiny_model
-from fastapi import HTTPException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.cli.serve import Serve
-from transformers.cli.serving import chat_completion, completion, model_manager, response, server, systemone, utils
 from transformers.utils.chat_parsing import ResponseParser
 
 from parloop.errors import CheckpointError, ServeError
-from parloop.serve import fallback, fallback_server
-from parloop.serve.fallback import model_names, serve_with_transformers, server_options
+from parloop.evaluate.serving import server_version
+from parloop.serve.fallback import load, parse_options, serve_with_transformers
+from parloop.serve.fallback_answers import Ended, Writer, answer_template
+from parloop.serve.fallback_requests import CompletionRequest, Generation
+from parloop.serve.fallback_server import Served, build_app
 
 POSITIONS = 400
 TEMPLATE = """{% for tool in tools or [] %}<tool_call>{"name": "{{ tool.function.name }}", "arguments": {}}</tool_call>
@@ -51,23 +54,28 @@ def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
-class Running:
-    """A server in a process of its own, and OpenAI's client of it."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    def __init__(self, checkpoint, log, **options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+
+class Running:
+    """`parloop serve` in a process of its own, and OpenAI's client of it."""
+
+    def __init__(self, checkpoint, log, *arguments):
+        port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        call = f"serve_with_transformers({str(checkpoint)!r}, port={port}, **{options!r})"
-        code = f"import torch; torch.set_num_threads(1); from parloop.serve.fallback import *; {call}"
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        options = ["--engine", "transformers", "--port", str(port), *arguments]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         with log.open("w") as output:
-            self.process = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output, env=environment)
+            command = [sys.executable, "-m", "parloop", "serve", str(checkpoint), *options]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     def wait(self):
-        for _ in range(600):
+        deadline = time.monotonic() + 240  # on a busy machine
+        while time.monotonic() < deadline:
             try:
                 return urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
             except OSError:
@@ -75,13 +83,41 @@ class Running:
                 time.sleep(0.1)
         raise AssertionError(self.log.read_text())
 
-    def post(self, path, body: bytes) -> tuple[int, str]:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+
+class Here:
+    """The server in this process, which has loaded all that it needs already, and OpenAI's client of it."""
+
+    def __init__(self, served):
+        port = free_port()
+        self.served, self.url = served, f"http://127.0.0.1:{port}"
+        self.server = uvicorn.Server(uvicorn.Config(build_app(served), port=port, log_level="warning"))
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.server.force_exit = True  # where a test failed and left an answer that does not end
+
+
+def served(checkpoint, names, loops=2):
+    return Served(*load(str(checkpoint), loops, parse_options(["--device", "cpu"])), names)
+
+
+def post(url, body: bytes) -> tuple[int, str]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 @pytest.fixture(scope="module")
@@ -98,32 +134,48 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(made):
-    """At the trained loop count; and at one loop, under another name."""
-    both = [
-        Running(made / "chatty", made / "chatty.log", arguments=["--log-level", "error"]),
-        Running(made / "plain", made / "plain.log", num_loops=1, name="small@1"),
-    ]
+def chatty(made):
+    """At the trained loop count."""
+    with Here(served(made / "chatty", ["chatty@2", "chatty", str(made / "chatty")])) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def plain(made):
+    """At one loop, under another name, as the command starts it."""
+    running = Running(made / "plain", made / "log", "--loops", "1", "--served-model-name", "small@1", "small")
     try:
-        for running in both:
-            running.wait()
-        yield both
-        for running in both:
-            running.process.send_signal(signal.SIGINT)
-        assert [running.process.wait(30) for running in both] == [0, 0]
+        running.wait()
+        yield running
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(60) == 0
     finally:
-        for running in both:
-            running.process.kill()
+        running.process.kill()
 
 
 @pytest.fixture(scope="module")
-def chatty(servers):
-    return servers[0]
+def servers(chatty, plain):
+    return chatty, plain
 
 
-@pytest.fixture(scope="module")
-def plain(servers):
-    return servers[1]
+class Stub:
+    """Stands for a model: its generate() is given by a test."""
+
+    def __init__(self):
+        self.config, self.device = SimpleNamespace(max_position_embeddings=1000), torch.device("cpu")
+        self.generation_config, self.tokenizer = GenerationConfig(), byte_tokenizer(chat_template=TEMPLATE)
+
+    def says(self, streamer, text: str):
+        for token in self.tokenizer(text).input_ids:
+            streamer.put(torch.tensor([token]))
+
+
+@pytest.fixture
+def stub():
+    stub = Stub()
+    with Here(Served(stub, stub.tokenizer, ["stub"])) as here:
+        stub.url, stub.client, stub.served = here.url, here.client, here.served
+        yield stub
 
 
 def generated(made, prompt: str, loops: int, tokens: int = 12) -> str:
@@ -196,10 +248,15 @@ def test_streams(chatty):
 
 
 def test_every_name_of_the_model_is_answered(servers, made):
-    for running, names in zip(servers, (("chatty@2", "chatty", made / "chatty"), ("small@1", "small", made / "plain"))):
+    for running, names in zip(servers, (("chatty@2", "chatty", str(made / "chatty")), ("small@1", "small"))):
         assert [model.id for model in running.client.models.list()] == [names[0]]
         for name in names:
-            assert running.client.completions.create(model=str(name), prompt="a", max_tokens=1).model == names[0]
+            assert running.client.models.retrieve(name).id == names[0]
+            assert running.client.completions.create(model=name, prompt="a", max_tokens=1).model == names[0]
+        status, answer = post(f"{running.url}/v1/completions", b'{"prompt": "a", "max_tokens": 1}')  # and none
+        assert (status, json.loads(answer)["model"]) == (200, names[0])
+        with pytest.raises(openai.NotFoundError, match=f"use '{names[0]}'"):
+            running.client.models.retrieve("other/model")
 
 
 @pytest.mark.parametrize("stop", ["\n\n", ["zz", "\n\n"]])
@@ -219,6 +276,8 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(chatty, stop):
         parts = [piece.delta.content if "messages" in call else piece.text for piece in pieces]
         assert "".join(part or "" for part in parts) == "one\ntwo"
         assert pieces[-1].finish_reason == "stop"
+        answer = api.create(model="chatty", **call, stop=stop, extra_body=body, max_tokens=len("one\ntwo\n\n"))
+        assert answer.choices[0].finish_reason == "stop"  # and not the limit, which it comes with
 
 
 def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(chatty):
@@ -229,16 +288,38 @@ def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(chatty)
     assert answer.choices[0].text == "\ny"
 
 
-@pytest.mark.parametrize("stop", [["aab"], ["b", "ab"], ["ca", "aabc"], ["x"], []])
-def test_streams_are_cut_where_whole_texts_are(stop):
-    text = "caaabcab"
-    for ends in itertools.combinations(range(1, len(text)), 3):
-        source = asyncio.Queue()
+async def written(text: str, ends=(), stop=(), parser=None) -> list[dict]:
+    """What a writer makes of a text that comes in parts."""
+    writer = Writer(byte_tokenizer(), list(stop), parser)
+    writer.put(torch.tensor([[5, 6, 7]]))  # the prompt
+    with contextlib.suppress(Ended):
         for start, end in zip((0, *ends), (*ends, None)):
-            source.put_nowait(text[start:end])
-        source.put_nowait(None)
-        queue = fallback_server.CutQueue(source, stop)
-        assert "".join(iter(queue.get_nowait, None)) == fallback_server.cut(text, stop)
+            writer.put(torch.tensor(byte_tokenizer()(text[start:end]).input_ids))
+    writer.close()
+    return [piece async for piece in writer.pieces()]
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"), [(["aab"], "ca"), (["b", "ab"], "caa"), (["ca", "aabc"], ""), (["x"], "caaabcab"), ([], "caaabcab")]
+)
+def test_answers_are_cut_the_same_however_they_come(stop, kept):
+    for ends in itertools.combinations(range(1, 8), 3):
+        pieces = asyncio.run(written("caaabcab", ends, stop))
+        assert "".join(piece["content"] for piece in pieces) == kept
+
+
+def test_half_a_character_is_not_lost():
+    """As generate() leaves it where the limit falls into one."""
+    tokens = byte_tokenizer()("aé").input_ids[:-1]
+
+    async def said():
+        writer = Writer(byte_tokenizer(), [])
+        for value in ([1], tokens):
+            writer.put(torch.tensor(value))
+        writer.close()
+        return [piece["content"] async for piece in writer.pieces()]
+
+    assert "".join(asyncio.run(said())) == byte_tokenizer().decode(tokens) == "a\N{REPLACEMENT CHARACTER}"
 
 
 def test_text_that_only_looks_like_a_stop_string_is_not_lost(chatty):
@@ -275,7 +356,7 @@ def test_tool_calls_are_parsed(chatty):
 )
 def test_tool_calls_that_are_none_and_broken_ones(text, content, calls):
     tokenizer = byte_tokenizer(chat_template=TEMPLATE)
-    template = fallback_server.answer_template(tokenizer)
+    template = answer_template(tokenizer, tools=True)
     for pieces in ([text], list(text)):
         parser = ResponseParser(template, prefix=CALL)
         for piece in pieces:
@@ -288,18 +369,13 @@ def test_tool_calls_that_are_none_and_broken_ones(text, content, calls):
 
 def test_templates_that_show_neither_calls_nor_reasoning_leave_answers_as_they_are():
     for template in (None, "{{ messages }}"):
-        assert fallback_server.answer_template(byte_tokenizer(chat_template=template)) is None
+        assert answer_template(byte_tokenizer(chat_template=template), tools=True) is None
 
 
-def test_a_template_without_tools_refuses_them():
-    tokenizer = byte_tokenizer(chat_template="{{ messages }}")
-    manager = SimpleNamespace(
-        names=["m"], process_model_name=lambda name: name, load_model_and_processor=lambda _: (None, tokenizer)
-    )
-    handler = fallback_server.PLTChatHandler(manager, None)
-    assert handler._resolve_model({"model": "m", "messages": HELLO})[0] == "m"
-    with pytest.raises(HTTPException, match="knows no tools"):
-        handler._resolve_model({"model": "m", "messages": HELLO, "tools": ADD})
+def test_a_template_without_tools_refuses_them(stub):
+    stub.tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+        stub.client.chat.completions.create(model="stub", messages=HELLO, tools=ADD)
 
 
 def test_a_checkpoint_without_a_chat_template_completes_only(plain):
@@ -318,15 +394,53 @@ def test_temperatures_sample(chatty):
     assert answer(temperature=1.0, top_p=1e-6) == answer()
 
 
-def test_samples_are_drawn_from_all_tokens():
+def test_a_seed_repeats_an_answer_whatever_else_is_asked(chatty):
+    call = {"model": "chatty", "prompt": "def", "max_tokens": 40, "temperature": 1.0}
+    alone = chatty.client.completions.create(**call, seed=1).choices[0].text
+    beside = {}
+
+    def ask(seed):
+        beside[seed] = chatty.client.completions.create(**call, seed=seed).choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert beside[1] == alone
+    assert len(set(beside.values())) == 6
+
+
+def test_samples_are_drawn_from_all_tokens(stub):
     """And not from the 50 likeliest, as generate() would by itself; unless the checkpoint or the request says so."""
-    handler = fallback_server.PLTChatHandler(None, utils.GenerationState())
-    build = handler._build_generation_config
-    assert build({"temperature": 1.0}, GenerationConfig()).top_k == 0
-    assert build({"temperature": 1.0}, GenerationConfig(top_k=7)).top_k == 7
-    assert build({"temperature": 1.0, "generation_config": '{"top_k": 9}'}, GenerationConfig(top_k=7)).top_k == 9
-    assert not build({"temperature": 0}, GenerationConfig(do_sample=True, top_k=7)).do_sample
-    assert build({}, GenerationConfig(do_sample=True, top_p=0.9)).top_p == 0.9
+
+    def settings(defaults=None, **fields):
+        stub.served.model = SimpleNamespace(generation_config=GenerationConfig(**defaults or {}))
+        return stub.served._settings(CompletionRequest(prompt="a", **fields), room=100)
+
+    assert settings(temperature=1.0).top_k == 0
+    assert settings({"top_k": 7}, temperature=1.0).top_k == 7
+    assert settings({"top_k": 7}, temperature=1.0, generation_config='{"top_k": 9}').top_k == 9
+    assert settings(generation_config='{"temperature": 0.5}').do_sample
+    assert not settings({"do_sample": True, "top_k": 7}, temperature=0).do_sample
+    assert not settings(temperature=1e-40).do_sample  # dividing by it would not give numbers
+    assert not settings(generation_config='{"do_sample": true, "temperature": 0}').do_sample
+    assert not settings(temperature=0.5, generation_config='{"do_sample": false}').do_sample
+    assert settings({"do_sample": True, "top_p": 0.9}).top_p == 0.9
+    assert settings({"max_new_tokens": 5}).max_new_tokens == 5
+    assert settings({"max_new_tokens": 5}, max_tokens=7).max_new_tokens == 7
+    assert settings(max_tokens=700).max_new_tokens == 100
+
+
+@pytest.mark.parametrize("stop", ["\n\n", ["zz", "\n\n"]])
+def test_settings_of_the_checkpoint_that_are_for_other_uses(chatty, monkeypatch, stop):
+    """Beams cannot be streamed; stop strings of its own it has beside those of the request, and they are not shown either."""
+    own = GenerationConfig(num_beams=3, num_return_sequences=2, stop_strings=stop, max_length=20, eos_token_id=2)
+    monkeypatch.setattr(chatty.served.model, "generation_config", own)
+    for text, said_until in (("one\n\ntwo", "one"), ("one END two", "one ")):
+        call = {"model": "chatty", "messages": HELLO, "stop": "END", **said(text)}
+        assert chatty.client.chat.completions.create(**call).choices[0].message.content == said_until
+        assert streamed(chatty.client.chat.completions.create(**call, stream=True)) == (said_until, [], ["stop"])
 
 
 def test_answers_end_where_the_models_positions_do(chatty):
@@ -353,25 +467,25 @@ def test_logit_bias(chatty):
     [
         ({"model": "other/model"}, 404, "'other/model' is not served here: use 'chatty@2'"),
         ({"model": "chatty@1"}, 404, "'chatty@1' is not served"),
-        ({"prompt": "a" * POSITIONS}, 400, f"the prompt has {POSITIONS} tokens, and the model was made for {POSITIONS}"),
+        ({"prompt": "a" * POSITIONS}, 400, f"maximum context length is {POSITIONS} tokens, and the prompt has {POSITIONS}"),
         ({"prompt": ""}, 400, "the prompt is empty"),
-        ({"prompt": ["a", "b"]}, 400, "prompt must be a string"),
-        ({"max_tokens": 0}, 400, "max_tokens=0 must be an integer of at least 1"),
-        ({"temperature": -1}, 400, "temperature=-1 must be a number from 0"),
+        ({"prompt": ["a", "b"]}, 400, "prompt=.*valid string"),
+        ({"max_tokens": 0}, 400, "max_tokens=0: .*greater than or equal to 1"),
+        ({"temperature": -1}, 400, "temperature=-1: .*greater than or equal to 0"),
         ({"temperature": "hot"}, 400, "temperature='hot'"),
-        ({"top_p": 2}, 400, "top_p=2 must be above 0"),
-        ({"stop": [""]}, 400, "stop=.* none of them empty"),
-        ({"n": 2}, 400, "n=2 is not supported"),
-        ({"best_of": 2}, 400, "best_of=2 is not supported"),
-        ({"echo": True}, 400, "echo=True is not supported"),
-        ({"logprobs": 0}, 400, "logprobs=0 is not supported"),
-        ({"suffix": "b"}, 400, "suffix='b' is not supported"),
-        ({"presence_penalty": 0.5}, 400, "presence_penalty=0.5 is not supported"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty=0.5 is not supported.*repetition_penalty"),
-        ({"logit_bias": {"x": 1}}, 400, "logit_bias=.*token ids"),
-        ({"extra_body": {"top_k": 5}}, 422, "top_k"),
-        ({"extra_body": {"generation_config": "[]"}}, 400, "generation_config='\\[\\]'"),
-        ({"extra_body": {"generation_config": '{"max_length": 2}'}}, 400, "max_length=2 leaves no room"),
+        ({"temperature": "1"}, 400, "temperature='1'"),
+        ({"max_tokens": True}, 400, "max_tokens=True"),
+        ({"top_p": 2}, 400, "top_p=2: .*less than or equal to 1"),
+        ({"seed": -1}, 400, "seed=-1"),
+        ({"stop": [""]}, 400, "stop.0='': .*at least 1 character"),
+        ({"n": 2}, 400, "n=2: not supported"),
+        ({"best_of": 2}, 400, "best_of=2: not supported"),
+        ({"echo": True}, 400, "echo=True: not supported"),
+        ({"logprobs": 0}, 400, "logprobs=0: not supported"),
+        ({"suffix": "b"}, 400, "suffix='b': not supported"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty=0.5: not supported"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias.x"),
+        ({"extra_body": {"top_k": 5}}, 400, "top_k=5: not supported"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -382,13 +496,150 @@ def test_bad_completions_are_refused_and_the_next_works(chatty, options, status,
     assert chatty.client.completions.create(model="chatty", prompt="a", max_tokens=1).usage.completion_tokens == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("[]", r"generation_config=\[\]: "),
+        ("{", "generation_config: Invalid JSON"),
+        ('{"assistant_early_exit": 1}', "generation_config.assistant_early_exit=1: not supported"),
+        ('{"num_beams": 2}', "generation_config.num_beams=2: not supported"),
+        ('{"num_return_sequences": 2}', "generation_config.num_return_sequences=2: not supported"),
+        ('{"return_dict_in_generate": true}', "generation_config.return_dict_in_generate=True: not supported"),
+        ('{"cache_implementation": "quantized"}', "generation_config.cache_implementation='quantized': not supported"),
+        ('{"use_cache": false}', "generation_config.use_cache=False: not supported"),
+        ('{"stop_strings": "a"}', "generation_config.stop_strings='a': not supported"),
+        ('{"max_length": 2}', "generation_config.max_length=2: not supported"),
+        ('{"no_such_field": 1}', "generation_config.no_such_field=1: not supported"),
+        ('{"top_p": 5}', "generation_config.top_p=5: .*less than or equal to 1"),
+        ('{"temperature": "hot"}', "generation_config.temperature='hot'"),
+        ('{"top_k": "5"}', "generation_config.top_k='5'"),
+        ('{"temperature": NaN}', "generation_config.temperature=nan"),
+        ('{"top_k": -1}', "generation_config.top_k=-1"),
+        ('{"max_new_tokens": 0}', "generation_config.max_new_tokens=0"),
+        ('{"do_sample": "maybe"}', "generation_config.do_sample='maybe'"),
+        ('{"eos_token_id": "x"}', "generation_config.eos_token_id"),
+        ('{"sequence_bias": [[[1], "x"]]}', "generation_config.sequence_bias.0.1='x'"),
+        ('{"repetition_penalty": 1e-40}', "generation_config.repetition_penalty=1e-40"),
+        ('{"sequence_bias": [[[999999], 1]]}', "vocabulary"),
+        ('{"bad_words_ids": []}', "bad_words_ids"),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_only_generate_refuses(chatty, stream):
-    call = {"model": "chatty", "prompt": "abc", "stream": stream, "logit_bias": {"999999": 1}}
-    with pytest.raises(openai.APIError) as refused:  # if it is streamed, in the middle of the stream
+def test_generation_config_is_checked_and_breaks_nothing(chatty, made, fields, message, stream):
+    """Whoever asks next gets the answer as before."""
+    call = {"model": "chatty", "prompt": "abc", "stream": stream, "extra_body": {"generation_config": fields}}
+    with pytest.raises(openai.BadRequestError, match=message):
         list(chatty.client.completions.create(**call))
-    assert "vocab" in str(refused.value.body)
-    assert chatty.client.completions.create(model="chatty", prompt="a", max_tokens=1).usage.completion_tokens == 1
+    answer = chatty.client.completions.create(model="chatty", prompt="def f(x):", max_tokens=3)
+    assert answer.choices[0].text == generated(made, "def f(x):", 2, tokens=3)
+
+
+def test_settings_of_generate_that_a_request_may_choose(chatty):
+    """Each of them, with a value that generate() takes; those of the tests beside have their effect."""
+    fields = {
+        "max_new_tokens": 3, "min_new_tokens": 2, "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1,
+        "typical_p": 0.9, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "bad_words_ids": [[4], [5, 6]],
+        "sequence_bias": [[[7], -1.0], [[8, 9], 2]], "suppress_tokens": [10], "eos_token_id": [2, 11],
+    }  # fmt: skip
+    assert set(fields) == set(Generation.model_fields)
+    for chosen in ({name: value} for name, value in fields.items() if name != "max_new_tokens"):
+        body = {"generation_config": json.dumps(chosen | {"max_new_tokens": 3})}
+        answer = chatty.client.completions.create(model="chatty", prompt="abc", extra_body=body)
+        assert 1 <= answer.usage.completion_tokens <= 3
+    body = {"generation_config": json.dumps(fields)}
+    assert chatty.client.completions.create(model="chatty", prompt="abc", extra_body=body).usage.completion_tokens >= 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_only_generate_refuses_has_its_status_before_the_first_token(chatty, stream):
+    call = {"model": "chatty", "prompt": "abc", "stream": stream, "logit_bias": {"999999": 1}}
+    with pytest.raises(openai.BadRequestError, match="vocab"):
+        list(chatty.client.completions.create(**call))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_failure_before_the_first_token_is_the_servers(stub, stream, chat):
+    def generate(streamer, **_):
+        raise RuntimeError('out of "memory"\nat last')
+
+    stub.generate = generate
+    api, prompt = (stub.client.chat.completions, {"messages": HELLO}) if chat else (stub.client.completions, {"prompt": "a"})
+    with pytest.raises(openai.InternalServerError, match="out of") as failed:
+        list(api.create(model="stub", stream=stream, **prompt))
+    assert failed.value.body["message"] == 'out of "memory"\nat last'
+
+
+def test_a_failure_in_the_middle_is_told_in_the_stream(stub):
+    def generate(streamer, **_):
+        streamer.put(torch.tensor([[1]]))
+        stub.says(streamer, "so far")
+        raise RuntimeError('out of "memory"\nat last')
+
+    stub.generate = generate
+    with pytest.raises(openai.InternalServerError):
+        stub.client.chat.completions.create(model="stub", messages=HELLO)
+    pieces = []
+    with pytest.raises(openai.APIError, match='out of "memory"\nat last'):
+        pieces.extend(stub.client.chat.completions.create(model="stub", messages=HELLO, stream=True))
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == "so far"
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"), [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})]
+)
+def test_streams_end_with_done(chatty, stub, path, prompt):
+    def fails(streamer, **_):
+        streamer.put(torch.tensor([[1]]))
+        stub.says(streamer, "x")
+        raise RuntimeError
+
+    stub.generate = fails
+    for server, model in ((chatty, "chatty"), (stub, "stub")):
+        status, text = post(
+            server.url + path, json.dumps({"model": model, "max_tokens": 3, "stream": True} | prompt).encode()
+        )
+        *events, last, end = text.split("\n\n")
+        assert (status, last, end) == (200, "data: [DONE]", "")
+        assert [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_what_is_written_for_it(stub, stream):
+    """Also while it waits for its turn: then nothing is begun."""
+    ended, begun = threading.Event(), []
+
+    def generate(streamer, input_ids, **_):
+        streamer.put(input_ids)
+        begun.append(input_ids.shape[1])
+        try:
+            while True:
+                stub.says(streamer, "a")
+                time.sleep(0.01)
+        except Ended:
+            ended.set()
+            raise
+
+    stub.generate = generate
+    for prompt in ("first", "second one"):
+        body = json.dumps({"model": "stub", "prompt": prompt, "max_tokens": 900, "stream": stream}).encode()
+        client = socket.create_connection(("127.0.0.1", int(stub.url.rpartition(":")[2])))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        if prompt == "first":
+            first = client
+            while not begun:
+                time.sleep(0.01)
+        else:
+            time.sleep(0.3)  # it is in the queue
+            client.close()
+            time.sleep(0.3)
+    assert not ended.is_set()
+    first.close()
+    assert ended.wait(10)
+    stub.generate = lambda streamer, **_: (streamer.put(torch.tensor([[1]])), stub.says(streamer, "next"))
+    assert stub.client.completions.create(model="stub", prompt="a").choices[0].text == "next"
+    assert begun == [len("first")]
 
 
 @pytest.mark.parametrize(
@@ -399,13 +650,19 @@ def test_what_only_generate_refuses(chatty, stream):
         ({"top_logprobs": 3}, "top_logprobs=3"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         ({"tools": ADD, "tool_choice": "required"}, "tool_choice='required'"),
-        ({"tools": ADD, "tool_choice": ADD[0]}, "tool_choice=.*nothing forces a call here"),
+        ({"tools": ADD, "tool_choice": ADD[0]}, "tool_choice=.*'auto' or 'none'"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type='web_search': .*'function'"),
         ({"tools": ADD, "parallel_tool_calls": False}, "parallel_tool_calls=False"),
-        ({"reasoning_effort": "high"}, "reasoning_effort='high'"),
-        ({"messages": []}, "at least one message"),
-        ({"messages": [{"content": "a"}]}, "must have a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text only"),
+        ({"reasoning_effort": "high"}, "reasoning_effort='high': not supported"),
+        ({"messages": []}, "messages=.*at least 1 item"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role: Field required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "image_url.*'text'",
+        ),
         ({"messages": [{"role": "user", "content": "a" * POSITIONS}]}, "shorten it"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "tokenize"),
+        ({"extra_body": {"deep": json.loads("[" * 500 + "]" * 500)}}, "deep=.*not supported"),
     ],
 )
 def test_bad_chats_are_refused_and_the_next_works(chatty, options, message):
@@ -430,138 +687,46 @@ def test_fields_with_the_value_that_they_have_anyway(chatty):
 
 @pytest.mark.parametrize("body", [b'{"model": "chatty", "prompt": "a', b"[1]", b""])
 def test_bodies_that_are_not_json_objects(chatty, body):
-    status, answer = chatty.post("/v1/completions", body)
+    status, answer = post(chatty.url + "/v1/completions", body)
     assert status == 400
-    assert "not a JSON object" in json.loads(answer)["error"]["message"]
-
-
-def test_nothing_else_is_loaded(chatty):
-    for model in ("gpt2", "chatty:weights.gguf", "other/model:weights.gguf", "chatty@main"):
-        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"}), ("/load_model", {})):
-            status, answer = chatty.post(path, json.dumps({"model": model} | body).encode())
-            assert status == 404 or (path == "/load_model" and '"status": "error"' in answer)
-    assert chatty.post("/v1/audio/transcriptions", b"")[0] == 404
-
-
-def test_reset_loads_the_same_model_again(plain, made):
-    assert plain.post("/reset", b"")[0] == 200
-    answer = plain.client.completions.create(model="small", prompt="def f(x):", max_tokens=12)
-    assert answer.choices[0].text == generated(made, "def f(x):", 1)
-
-
-def test_responses(chatty, made):
-    answer = chatty.client.responses.create(model="chatty", input="hello", max_output_tokens=12, temperature=0)
-    assert answer.output_text == generated(made, "user:hello\nassistant:", 2)
-    assert "".join(
-        event.delta
-        for event in chatty.client.responses.create(model="chatty", input="hello", stream=True, **said("a long answer"))
-        if event.type == "response.output_text.delta"
-    ) == ("a long answer")
-    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
-        chatty.client.responses.create(model="chatty", input="hello", previous_response_id="resp_1")
+    assert json.loads(answer)["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
-        ({"arguments": ["--continuous-batching"]}, "--continuous-batching does not work with a PLT"),
-        ({"arguments": ["--cb-block-size", "32"]}, "--cb-block-size does not work with a PLT"),
-        ({"arguments": ["--max-model-len", "99"]}, "--max-model-len 99: no such option here.*--compile"),
-        ({"arguments": ["--trust-remote-code"]}, "--trust-remote-code: no such option"),
-        ({"arguments": ["--tool-call-parser", "hermes"]}, "--tool-call-parser is an option of vLLM.*Leave it out"),
-        ({"arguments": ["--enable-auto-tool-choice"]}, "--enable-auto-tool-choice is an option of vLLM"),
-        ({"arguments": ["--reasoning-parser=qwen3"]}, "--reasoning-parser=qwen3 is an option of vLLM"),
-        ({"arguments": ["--quantization", "gguf"]}, "--quantization.*bnb-4bit"),
-        ({"arguments": ["--default-seed", "x"]}, "--default-seed.*int"),
-        ({"arguments": ["--chat-template-kwargs", "[]"]}, "--chat-template-kwargs \\[\\] must be a JSON object"),
-        ({"arguments": ["--chat-template-kwargs", "{"]}, "--chat-template-kwargs { must be a JSON object"),
-        ({"num_loops": 0}, "num_loops=0 must be"),
-        ({"dtype": "int8"}, "dtype='int8' is unknown"),
-        ({"device": "cuda:99"}, "device='cuda:99' is not there"),
-        ({"host": "no.such.host.invalid"}, "no.such.host.invalid.* cannot be listened at"),
+        (["--continuous-batching"], "--continuous-batching: no such option without vLLM.* one after another"),
+        (["--max-model-len", "99"], "--max-model-len 99: no such option without vLLM.*--compile"),
+        (["--trust-remote-code"], "--trust-remote-code: no such option"),
+        (["--tool-call-parser", "hermes"], "--tool-call-parser hermes: no such option.* found by the chat template"),
+        (["--quantization", "gguf"], "--quantization.*bnb-4bit"),
+        (["--port", "x"], "--port.*int"),
+        (["--port", "99999"], "port=99999 cannot be listened at"),
+        (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: \\[\\] must be a JSON object"),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs: { must be a JSON object"),
+        (["--dtype", "int8"], "dtype='int8' is unknown"),
+        (["--device", "cuda:99"], "device='cuda:99' is not there"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid.* cannot be listened at"),
+        (["--host", "a" * 70], "cannot be listened at"),
+        (["--chat-template-kwargs", "[" * 100_000], "must be a JSON object"),
     ],
 )
-def test_options_that_cannot_be(made, options, message):
+def test_options_that_cannot_be(made, arguments, message):
     with pytest.raises((ServeError, CheckpointError), match=message):
-        serve_with_transformers(str(made / "plain"), **options)
+        serve_with_transformers(str(made / "plain"), 2, ["plain"], arguments)
 
 
 def test_a_port_in_use(made):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServeError, match="use another port"):
-        serve_with_transformers(str(made / "plain"), port=taken.getsockname()[1])
-
-
-def test_checkpoints_that_are_none(tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder"):
-        serve_with_transformers(str(tmp_path / "nothing"), num_loops=2)
+        serve_with_transformers(str(made / "plain"), 2, ["plain"], ["--port", str(taken.getsockname()[1])])
 
 
 def test_without_the_packages_of_the_server(made, monkeypatch):
-    monkeypatch.setattr(fallback, "is_serve_available", lambda: False)
-    with pytest.raises(ServeError, match='pip install "transformers\\[serving\\]"'):
-        serve_with_transformers(str(made / "plain"))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ServeError, match=r'needs more packages \(.*uvicorn.*\): pip install "parloop\[serve\]"'):
+        serve_with_transformers(str(made / "plain"), 2, ["plain"])
 
 
-def test_decisions(chatty):
-    question = {"type": "choice", "instructions": "which?", "criteria": {"a": "1", "b": "2"}}
-    for state, status in (("s", 200), ("s" * POSITIONS, 400), ("s", 200)):
-        body = {"model": "chatty", "state": state, "questions": {"q": question}}
-        answer = chatty.post("/v1/systemone", json.dumps(body).encode())
-        assert answer[0] == status
-        if status == 200:
-            assert sum(json.loads(answer[1])["answers"]["q"]["probabilities"].values()) == pytest.approx(1)
-
-
-def test_names(tmp_path):
-    (tmp_path / "runs").mkdir()
-    folder = str(tmp_path / "runs")
-    assert model_names(folder, 2) == ["runs@2", "runs", folder]
-    assert model_names("owner/model", 3) == ["owner/model@3", "owner/model"]
-    assert model_names("owner/model", 3, "mine") == ["mine", "owner/model"]
-
-
-def test_the_options_are_those_of_transformers_serve():
-    known = inspect.signature(Serve.__init__).parameters
-    for option, value in server_options([]).items():
-        assert known[option].default == value
-    taken = inspect.signature(fallback_server.build_app).parameters
-    assert set(server_options([])) < set(taken)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        (model_manager.ModelManager, fallback_server.PLTModelManager),
-        (utils.GenerationState, fallback_server.PLTGenerationState),
-        (utils.GenerateManager, fallback_server.PLTGenerator),
-        (chat_completion.ChatCompletionHandler, fallback_server.PLTChatHandler),
-        (completion.CompletionHandler, fallback_server.PLTCompletionHandler),
-        (response.ResponseHandler, fallback_server.PLTResponseHandler),
-        (systemone.SystemOneHandler, fallback_server.PLTSystemOneHandler),
-    ],
-)
-def test_what_is_overridden_is_there_in_transformers(theirs, ours):
-    """If this fails, transformers' server was rebuilt: compare fallback_server.py with transformers/cli/serving."""
-    own = {name: vars(part)[name] for part in ours.__mro__ if part.__module__ == ours.__module__ for name in vars(part)}
-    methods = {name for name, value in own.items() if inspect.isfunction(value) or isinstance(value, staticmethod)}
-    assert methods - {"_prepare"} <= set(dir(theirs))
-
-
-def test_the_parts_of_transformers_that_are_called():
-    assert list(inspect.signature(server.build_server).parameters) == [
-        *("model_manager", "chat_handler", "completion_handler", "response_handler", "transcription_handler"),
-        *("systemone_handler", "generation_state", "enable_cors"),
-    ]
-    assert list(inspect.signature(utils.GenerateManager.generate_streaming).parameters) == [
-        *("self", "model", "processor", "inputs", "gen_config", "request_id", "response_parser")
-    ]
-    handled = inspect.signature(chat_completion.ChatCompletionHandler._non_streaming).parameters
-    assert list(handled)[:7] == ["self", "request_id", "model", "processor", "model_id", "inputs", "gen_config"]
-    # What a new version learns to do, or to ignore, must be sorted by hand.
-    for handler in (
-        fallback_server.PLTChatHandler,
-        fallback_server.PLTCompletionHandler,
-        fallback_server.PLTResponseHandler,
-    ):
-        acted_on = set(handler._valid_params_class.__mutable_keys__) - handler._unused_fields
-        assert handler.understood <= acted_on | {"logit_bias"}
+def test_it_says_what_it_is(chatty):
+    """For the record of an evaluation."""
+    assert server_version(f"{chatty.url}/v1") == f"transformers {transformers.__version__}"

@@ -90,13 +90,31 @@ def test_the_parsers_that_agents_need_are_vllms(checkpoint, started):
         (2, "auto", ["--hf-overrides", '{"plt_num_loops": 3}'], "give one of the two"),
         (None, "auto", ["--hf-overrides", "plt"], "is not JSON"),
         (None, "auto", ["--hf-overrides", "[1]"], "is not JSON"),
-        (None, "sglang", [], "auto, vllm, transformers"),
+        (None, "sglang", [], "auto, vllm, mlx, transformers"),
         (None, "transformers", ["--hf-overrides", '{"vocab_size": 1}'], "loop count only"),
     ],
 )
 def test_refused(checkpoint, started, loops, engine, arguments, told):
     with pytest.raises(ServeError, match=told):
         server.serve(str(checkpoint), loops, engine, arguments)
+
+
+def test_auto_takes_the_first_engine_that_is_at_home(checkpoint, monkeypatch):
+    orders, installed = [], []
+
+    def engine(name):
+        return server.Engine(lambda: name in installed, lambda order: orders.append((name, order)))
+
+    monkeypatch.setattr(server, "ENGINES", {name: engine(name) for name in "abc"})
+    for there in (["b", "c"], ["c"]):
+        installed[:] = there
+        server.serve(str(checkpoint), None, "auto", ["--port", "1"])
+    server.serve(str(checkpoint), 1, "a", [])  # that it is not installed, it says itself
+    assert [name for name, _ in orders] == ["b", "c", "a"]
+    names = ["coder@2", "coder", str(checkpoint)]
+    assert orders[0][1] == server.Order(str(checkpoint), 2, 2, names, {}, ["--port", "1"])
+    with pytest.raises(ServeError, match="use one of auto, a, b, c"):
+        server.serve(str(checkpoint), None, "vllm", [])
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.8.5.post1", "0.34.0", "0.34.0rc1", "1.0.0"])
@@ -120,10 +138,33 @@ def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):
         server.serve(str(checkpoint), None, "vllm", [])
 
 
+@pytest.mark.parametrize(
+    ("vllm", "mlx", "platform", "engine"),
+    [
+        (None, "0.32.2", "darwin", "mlx"),
+        ("0.32.0", "0.32.2", "darwin", "vllm"),
+        (None, None, "darwin", "transformers"),
+        (None, "0.32.2", "linux", "transformers"),
+        (None, None, "linux", "transformers"),
+    ],
+)
+def test_the_default_engine_is_vllm_or_on_a_mac_mlx(monkeypatch, vllm, mlx, platform, engine):
+    monkeypatch.setattr(server, "vllm_version", lambda: vllm)
+    monkeypatch.setattr(server, "mlx_lm_version", lambda: mlx)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert next(name for name, each in server.ENGINES.items() if each.at_home()) == engine
+
+
+def test_mlx_asked_for_and_not_there(checkpoint):
+    with pytest.raises(ServeError, match=r"pip install \"parloop\[mlx\]\""):
+        server.serve(str(checkpoint), None, "mlx", [])
+
+
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
     """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
     code = (
-        "import transformers; transformers.__version__ = '5.19.0'\n"
+        "import importlib.metadata as metadata; real = metadata.version\n"
+        "metadata.version = lambda name: '5.19.0' if name == 'transformers' else real(name)\n"
         "import sys, parloop\n"
         "from parloop import cli\n"
         "assert 'parloop.model.modeling' not in sys.modules\n"

@@ -51,7 +51,7 @@ def test_what_was_converted_trained_and_tuned_is_served(trained):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     with torch.no_grad():
         output = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    running = Running(trained / "tuned", trained / "log", arguments=["--log-level", "error"], name="tuned@2")
+    running = Running(trained / "tuned", trained / "log", "--log-level", "error")
     try:
         running.wait()
         answer = running.client.chat.completions.create(

@@ -14,7 +14,10 @@ import pytest
 from rich.console import Console
 from test_corpus import write_sources
 
-from parloop.errors import RecipeError
+from parloop.corpus import load_corpus, sources
+from parloop.diagnosis.checkpoint import diagnose_checkpoint
+from parloop.errors import OutputError, RecipeError
+from parloop.folder import STUDY, claimed, locked
 from parloop.model.flops import forward_flops_per_token, training_flops_per_token
 from parloop.report import figures
 from parloop.report.lens_figures import CAPTIONS
@@ -22,7 +25,9 @@ from parloop.report.page import write_study_report
 from parloop.report.terminal import study_tables
 from parloop.study import run_study
 from parloop.study.measure import cache_bytes_of, peak_training_bytes
+from parloop.study.study import diagnosis_of
 from parloop.train import Recipe
+from parloop.train.pretrain import train
 
 QUIET = Console(quiet=True)
 TINY = {
@@ -123,7 +128,12 @@ def test_a_study_of_another_recipe_is_refused(study, recipe):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"loops": [0]}, "at least 1"), ({"seeds": 0}, "at least 1"), ({"match": "time"}, "tokens, compute")],
+    [
+        ({"loops": [0]}, "at least 1"),
+        ({"seeds": 0}, "at least 1"),
+        ({"match": "time"}, "tokens, compute"),
+        ({"document_chars": -1}, "document_chars=-1 must be at least 0"),
+    ],
 )
 def test_impossible_settings(recipe, tmp_path, change, message):
     with pytest.raises(RecipeError, match=message):
@@ -294,3 +304,65 @@ def test_cache_and_memory_of_a_model(recipe):
     assert cache_bytes_of(one, 32)["fixed"] == 0
     assert peak_training_bytes(two, 2, 32) > 1.5 * peak_training_bytes(one, 2, 32)
     assert math.isfinite(peak_training_bytes(one, 2, 32))
+
+
+@pytest.mark.parametrize("name", ["results.json", "README.md", "report.html", "loss.png", "thesis.tex"])
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_read(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("parloop.study.study.load_corpus", None)
+    (tmp_path / name).write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(OutputError, match=rf"is not empty and holds no study \({name}\): choose another folder"):
+            run_study(recipe, tmp_path, loops=[1], console=QUIET, fresh=fresh)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_readme_that_was_edited_is_not_written_over(recipe, study, monkeypatch):
+    folder, results = study
+    with claimed(folder, STUDY) as out:
+        out.write("README.md", "ours")
+    (folder / "README.md").write_text("ours, and my notes")
+    for write in (lambda: run_study(recipe, folder, console=QUIET), lambda: write_study_report(results, folder)):
+        with pytest.raises(OutputError, match=r"holds README.md, which .* was changed since.* move it away"):
+            write()
+    assert (folder / "README.md").read_text() == "ours, and my notes"
+    (folder / "README.md").unlink()
+
+
+def test_starting_over_deletes_nothing_of_others(recipe, study, tmp_path):
+    shutil.copytree(study[0], tmp_path / "study")
+    (tmp_path / "study" / "r1-seed0" / ".git").mkdir()
+    with pytest.raises(OutputError, match=r"r1-seed0' holds other things than a run \(.git\), so it is not deleted"):
+        run_study(recipe, tmp_path / "study", loops=[1], console=QUIET, fresh=True)
+    assert (tmp_path / "study" / "r1-seed0" / "model.safetensors").exists()
+
+
+def test_two_studies_in_one_folder(recipe, study, monkeypatch):
+    """And a training in a run of it."""
+    with (
+        claimed(study[0], STUDY),
+        pytest.raises(OutputError, match=rf"another run works in .* \(parloop: process {os.getpid()}\)"),
+    ):
+        run_study(recipe, study[0], loops=[1], console=QUIET)
+    (study[0] / "r1-seed0" / "training.json").rename(study[0] / "training.json")  # it trains
+    try:
+        with locked(study[0] / "r1-seed0"), pytest.raises(OutputError, match=r"another run works in .*r1-seed0'"):
+            train(Recipe(**(vars(recipe) | {"loops": 1})), study[0] / "r1-seed0", console=QUIET)
+    finally:
+        (study[0] / "training.json").rename(study[0] / "r1-seed0" / "training.json")
+
+
+def test_what_loops_are_looked_at_with_is_what_the_corpus_held_out(recipe, study, monkeypatch):
+    """Without reading the source again, and the same samples as if it were."""
+    corpus = load_corpus(recipe.corpus_settings(), console=QUIET)
+    kept = study[1]["diagnoses"][0]
+    monkeypatch.setattr(sources, "read", None)
+    monkeypatch.setattr(sources, "read_all", None)
+    (study[0] / "r1-seed0" / "diagnosis.json").unlink()
+    again = diagnosis_of(study[0] / "r1-seed0", recipe, corpus, QUIET)
+    monkeypatch.undo()
+    assert again["sample_hash"] == kept["sample_hash"]
+    assert (
+        diagnose_checkpoint(study[0] / "r1-seed0", samples=32, batch_size=8, device="cpu")["sample_hash"]
+        == kept["sample_hash"]
+    )
+    assert again["settings"]["trained_on_this_text"].startswith("no: only documents that training held out")

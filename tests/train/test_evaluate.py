@@ -54,3 +54,13 @@ def test_another_loop_count(texts):
     model = tiny_model(vocab_size=300, plt_num_loops=2)
     with pytest.warns(UserWarning, match="num_loops=1"):
         assert evaluate_documents(model, tokenizer, texts, 16, num_loops=1).nll.shape == (6, 1)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"length": 0}, {"batch_size": 0}, {"max_chars": -5}, {"num_loops": 0}, {"num_loops": -1}]
+)
+def test_numbers_out_of_their_bounds(texts, numbers):
+    """A negative number of characters would cut a text's end off; zero loops would mean as trained."""
+    tokenizer = train_tokenizer(texts, 300)
+    with pytest.raises(ValueError, match="must be at least 1, max_chars"):
+        evaluate_documents(tiny_model(vocab_size=300), tokenizer, texts, **({"length": 16} | numbers))

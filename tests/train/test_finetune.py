@@ -152,7 +152,14 @@ def test_lora_leaves_an_adapter_and_the_merged_model(made, tmp_path):
     from peft import PeftModel
 
     folder = tmp_path / "lora"
-    result = finetune(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET)
+
+    def card(step, loss):
+        if step == 1:
+            (folder / "README.md").write_text("my model card")
+
+    result = finetune(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET, on_step=card)
+    assert (folder / "README.md").read_text() == "my model card"  # neither TRL nor peft writes its own over it
+    assert not (folder / "adapter" / "README.md").exists()
     assert result["trained_parameters"] < 20_000
     assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] - 1
     base = AutoModelForCausalLM.from_pretrained(made / "base")

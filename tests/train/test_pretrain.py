@@ -4,11 +4,15 @@ import dataclasses
 import io
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from parloop.corpus import load_corpus
-from parloop.errors import CheckpointError, RecipeError, TrainingDivergedError
+from parloop.errors import CheckpointError, OutputError, RecipeError, TrainingDivergedError
 from parloop.model.modeling import PLTForCausalLM
 from parloop.train import ChatRecipe, Recipe
 from parloop.train.checkpoint import export, last_whole_checkpoint, load_weights
 from parloop.train.finetune import finetune
-from parloop.train.pretrain import TRAINED_ON, build_model, train, whole_batches
+from parloop.train.pretrain import LEFT_OVER, TRAINED_ON, build_model, bytes_to_come, train, whole_batches
 from parloop.train.trainer import drawn_loops
 
 QUIET = Console(quiet=True)
@@ -185,11 +189,11 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(recipe, corpus, tmp_path
 def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
     (tmp_path / "thesis.tex").write_text("")
-    for output, message in ((tmp_path, r"other things than a run \(thesis.tex\)"), (tmp_path / "thesis.tex", "is a file")):
-        with pytest.raises(RecipeError, match=message):
+    for output, message in ((tmp_path, r"holds no run \(thesis.tex\)"), (tmp_path / "thesis.tex", "is a file")):
+        with pytest.raises(OutputError, match=message):
             train(short, output, corpus=corpus, console=QUIET, fresh=True)
     short.save(tmp_path / "recipe.yaml")  # a folder of recipes is no run either
-    with pytest.raises(RecipeError, match="other things than a run"):
+    with pytest.raises(OutputError, match=r"holds no run \(recipe.yaml, thesis.tex\)"):
         train(short, tmp_path, corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "run").mkdir()
@@ -198,7 +202,7 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert not (tmp_path / "run" / "checkpoint-99").exists()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match=r"other things than a run \(notes.txt\), so it is not deleted: move them away"):
+    with pytest.raises(OutputError, match=r"other things than a run \(notes.txt\), so it is not deleted: move them away"):
         train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / "training.json").exists()
 
@@ -226,7 +230,7 @@ def test_what_is_read_is_not_written_to_nor_deleted(recipe, finished, tmp_path, 
 
 def test_a_file_in_the_place_of_the_folder(recipe, tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(RecipeError, match="is a file: choose a folder"):
+    with pytest.raises(OutputError, match="is a file: choose a folder"):
         train(recipe, tmp_path / "run", console=QUIET)
 
 
@@ -258,6 +262,8 @@ def test_kill_minus_nine(recipe, finished, tmp_path):
     deadline = time.time() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
+    with pytest.raises(OutputError, match=rf"another run works in .*run' \(parloop: process {process.pid}\): wait for it"):
+        train(slow, tmp_path / "run", console=QUIET)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "training.json").exists()
@@ -288,7 +294,7 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe, finished):
 
 def test_a_folder_with_other_files_is_refused(recipe, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RecipeError, match="is not empty and holds no run"):
+    with pytest.raises(OutputError, match="is not empty and holds no run"):
         train(recipe, tmp_path, console=QUIET)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -493,6 +499,11 @@ def test_checkpoints_are_models_already(recipe, corpus, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     assert model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
     exported = export(checkpoint, tmp_path / "exported")
+    with pytest.raises(OutputError, match="exported' exists and is not empty: choose another folder"):
+        export(checkpoint, tmp_path / "exported")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="is a file: choose a folder"):
+        export(checkpoint, tmp_path / "file" / "exported")
     other = AutoModelForCausalLM.from_pretrained(exported)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
@@ -599,7 +610,7 @@ def test_fresh_keeps_the_folder_that_it_runs_in(recipe, corpus, tmp_path, monkey
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
     train(short, tmp_path / "run", corpus=corpus, console=QUIET)
     monkeypatch.chdir(tmp_path / "run")
-    with pytest.raises(RecipeError, match="holds the folder that this runs in"):
+    with pytest.raises(OutputError, match="holds the folder that this runs in"):
         train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
 
 
@@ -607,6 +618,168 @@ def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-7").mkdir()
     (tmp_path / "run" / "stream-0000.json").write_text("{}")
+    (tmp_path / "run" / LEFT_OVER).write_text('["checkpoint-7", "stream-0000.json", "validation"]')
     result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
     assert result == json.loads((finished[0] / "training.json").read_text())
     assert not list((tmp_path / "run").glob("checkpoint-*")) + list((tmp_path / "run").glob("stream-*"))
+    assert not (tmp_path / "run" / LEFT_OVER).exists()
+
+
+@pytest.mark.parametrize(
+    "name", [".git", ".env", ".cache", "README.md", "chat_template.jinja", "checkpoint-best", "checkpoint-7-copy"]
+)
+def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, name):
+    """Though the run has begun, and some of these names are a run's at times."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run" / name / "mine").write_text("mine")
+    with pytest.raises(
+        OutputError, match=rf"holds other things than a run \({name}\), so it is not deleted: move them away"
+    ):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+    assert (tmp_path / "run" / name / "mine").exists()
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_fresh_deletes_no_recipe_that_was_edited(recipe, finished, corpus, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(path.read_text() + "# a note\n")
+    with pytest.raises(OutputError, match=r"\(recipe.yaml, changed since\)"):
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
+    (tmp_path / "run" / "training.json").unlink()
+    (tmp_path / "run" / "corpus.json").unlink()
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0, log_every=2)
+    path.write_text(short.to_yaml() + "# a note\n")
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    train(changed(short, log_every=1), tmp_path / "run", corpus=corpus, console=QUIET)
+    assert path.read_text().endswith("# a note\n")
+
+
+def test_a_hand_written_recipe_is_no_run(recipe, corpus, tmp_path):
+    """A folder that holds the recipe alone, and the recipe's own folder as the output."""
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml() + "# a note\n")
+    for fresh in (False, True):
+        with pytest.raises(OutputError, match=r"is not empty and holds no run \(recipe.yaml\)"):
+            train(recipe, tmp_path, corpus=corpus, console=QUIET, fresh=fresh)
+    assert (tmp_path / "recipe.yaml").read_text().endswith("# a note\n")
+
+
+def test_runs_of_before_there_were_claims_go_on(recipe, finished, corpus, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "parloop.json").unlink()
+    recipe.save(tmp_path / "run" / "recipe.yaml")
+    assert train(recipe, tmp_path / "run", corpus=corpus, console=QUIET) == finished[1]
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    assert train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)["steps"] == 2
+
+
+def test_checkpoints_of_others_are_neither_rotated_nor_resumed_from(recipe, corpus, tmp_path):
+    short = changed(recipe, tokens=7 * 4 * 32, save_every=2, keep_checkpoints=1, eval_every=0)
+    mine = [tmp_path / "run" / name for name in ("checkpoint-best", "checkpoint-2-copy", "stream-notes.json")]
+    there = []
+
+    def seen(step, loss):
+        if step == 3 and not mine[0].exists():
+            for path in mine:
+                path.mkdir()
+        there.append(sorted(path.name for path in (tmp_path / "run").glob("checkpoint-[0-9]*")))
+        if step == 7 and len(there) < 20:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(short, tmp_path / "run", corpus=corpus, console=QUIET, on_step=seen)
+    assert there[-1] == ["checkpoint-2-copy", "checkpoint-6"]
+    assert max(map(len, there)) <= 2
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-6"
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert all(path.is_dir() for path in mine)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-best", "checkpoint-2-copy"}
+
+
+def test_a_finished_run_needs_no_disk(recipe, finished, corpus, monkeypatch):
+    """It may lie where nothing can be written."""
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    monkeypatch.setattr("parloop.train.pretrain.claimed", None)
+    assert train(changed(recipe, log_every=3), finished[0], corpus=corpus, console=QUIET) == finished[1]
+    assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
+
+
+def test_what_a_finished_run_is_given_later_is_left_alone(recipe, finished, corpus, tmp_path):
+    """Folders with a name that a run has while it trains."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("validation", "checkpoint-500", "conversations"):
+        (tmp_path / "run" / name).mkdir()
+    train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert all((tmp_path / "run" / name).exists() for name in ("validation", "checkpoint-500", "conversations"))
+
+
+def test_the_same_source_spelt_otherwise_is_the_same_run(recipe, finished, corpus, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    source = Path(recipe.source)
+    monkeypatch.chdir(source.parent)
+    for spelt in (source.name, f"./{source.name}/", f"{source.name}/../{source.name}"):
+        assert train(changed(recipe, source=spelt), tmp_path / "run", corpus=corpus, console=QUIET) == finished[1]
+    with pytest.raises(RecipeError, match="another recipe"):
+        train(changed(recipe, source=".."), tmp_path / "run", corpus=corpus, console=QUIET)
+
+
+def test_a_mixture_goes_on_from_another_folder(recipe, tmp_path, monkeypatch):
+    small = mixed(recipe, tmp_path, eval_every=0, tokens=4 * 4 * 32, save_every=1)
+    relative = [entry | {"source": os.path.relpath(entry["source"], tmp_path)} for entry in small.mixture]
+
+    def stop(step, loss):
+        if step == 2:
+            raise StopError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StopError):
+        train(changed(small, mixture=relative), tmp_path / "run", console=QUIET, on_step=stop)
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert train(Recipe.load(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", console=QUIET)["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "at"),
+    [(100, "the claim"), (4_000, "the tokenizer"), (60_000, "the weights"), (220_000, "the optimizer's state")],
+)
+def test_a_disk_that_refuses_is_said_in_a_sentence(recipe, corpus, tmp_path, limit, at):
+    """By what Python and the libraries make of files that may not grow. Nothing of the run before it is lost."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written \(.*\): choose another --output, or see to it"):
+            train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "run" / "corpus.json").exists() == (at in ("the weights", "the optimizer's state"))
+    assert not list((tmp_path / "run").glob(".partial*"))
+
+
+def test_room_for_checkpoints_is_looked_for_before_training(recipe, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    monkeypatch.setattr("parloop.train.pretrain.PLTTrainer", None)
+    parameters = sum(p.numel() for p in build_model(recipe).parameters())
+    with pytest.raises(OutputError, match=r"training takes (0.\d+) GB, and the disk of .*run' has 0.01 GB free") as raised:
+        train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
+    said = float(re.search(r"takes (\S+) GB", str(raised.value))[1])
+    assert said == pytest.approx(3 * (12 * parameters + 2**22) / 1e9, rel=0.01)  # two are kept, one is written
+    few = changed(recipe, save_every=1000)
+    assert bytes_to_come(build_model(few), few, few.steps, tmp_path) == 12 * parameters + 2**22 + 4 * parameters
+
+
+def test_a_source_that_is_not_there_names_the_recipe(tmp_path, monkeypatch, capsys):
+    from parloop import cli
+
+    (tmp_path / "mine.yaml").write_text("source: nowhere/at/all\ndevice: cpu\n")
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", "mine.yaml", "--output", "run"], ["study", "--preset", "mine.yaml", "--output", "study"]):
+        monkeypatch.setattr(sys, "argv", ["parloop", *command])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "source 'nowhere/at/all': no such file or folder" in said
+        assert "(recipe 'mine.yaml')" in said
+    assert not (tmp_path / "study").exists()

@@ -20,7 +20,7 @@ from test_corpus import write_sources
 from test_finetune import conversations, recipe_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parloop.errors import CheckpointError, RecipeError
+from parloop.errors import CheckpointError, OutputError, RecipeError
 from parloop.train import Recipe
 from parloop.train.checkpoint import export
 from parloop.train.finetune import finetune
@@ -227,7 +227,7 @@ def test_killed_and_continued_by_one_by_two_and_by_one(place, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
-    with pytest.raises(CheckpointError, match="exists and is not empty"):
+    with pytest.raises(OutputError, match="exists and is not empty"):
         export(last, tmp_path / "exported")
     with pytest.raises(CheckpointError, match="is no whole checkpoint"):
         export(run, tmp_path / "other")

@@ -157,3 +157,56 @@ def test_bounds_name_fields():
     assert len(names) == len(set(names))
     assert set(names) < {f.name for kind in (Recipe, ChatRecipe) for f in fields(kind)}
     assert BOUNDS.keys() == ALLOWED.keys()
+
+
+def test_paths_in_a_recipe_are_looked_for_beside_it_then_here(tmp_path, monkeypatch):
+    """So that it can be run from anywhere. As they were spelt, where that means the same."""
+    for place in ("here/only_here", "here/both", "recipes/both", "recipes/data/code", "recipes/base"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.py").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+
+    def loaded(text, **overrides):
+        (tmp_path / "recipes" / "r.yaml").write_text(text)
+        return load_recipe(tmp_path / "recipes" / "r.yaml", **overrides)
+
+    beside = str(tmp_path / "recipes")
+    assert loaded("source: data/code").source == f"{beside}/data/code"
+    assert loaded("source: data/**/*.py").source == f"{beside}/data/**/*.py"
+    assert loaded("source: both").source == f"{beside}/both"
+    assert loaded("source: only_here").source == "only_here"
+    assert loaded("source: nowhere").source == "nowhere"
+    assert loaded("source: stdlib").source == "stdlib"
+    assert loaded("source: hub:a/b").source == "hub:a/b"
+    assert loaded(f"source: {beside}/both").source == f"{beside}/both"
+    assert loaded("source: data/code", source="both").source == "both"  # an option is meant from here
+    assert loaded("init_from: base\ntokenizer: openai/gpt").init_from == f"{beside}/base"
+    assert loaded("init_from: base\ntokenizer: openai/gpt").tokenizer == "openai/gpt"
+    mixture = loaded("mixture: [{source: data/code, weight: 1}, {source: only_here, weight: 2}]").mixture
+    assert [entry["source"] for entry in mixture] == [f"{beside}/data/code", "only_here"]
+    tuned = loaded("model: base\nchat: data/code/*.py")
+    assert (tuned.model, tuned.chat) == (f"{beside}/base", f"{beside}/data/code/*.py")
+    monkeypatch.chdir(tmp_path / "recipes")
+    assert load_recipe("r.yaml").model == "base"
+
+
+def test_a_run_keeps_absolute_paths(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, kept in [
+        ("text", f"{tmp_path}/text"),
+        ("./text/../text", f"{tmp_path}/text"),
+        ("~/text", f"{tmp_path}/text"),
+        ("text/*.py", f"{tmp_path}/text/*.py"),
+        ("nowhere", "nowhere"),
+        ("stdlib", "stdlib"),
+        ("~nobody-of-that-name/x", "~nobody-of-that-name/x"),
+        ("hub:a/b", "hub:a/b"),
+    ]:
+        assert Recipe(source=given).placed().source == kept
+    recipe = Recipe(mixture=[{"source": "text", "weight": 1.0}], tokenizer="text", init_from="a/b")
+    assert recipe.placed().mixture == [{"source": f"{tmp_path}/text", "weight": 1.0}]
+    assert (recipe.placed().tokenizer, recipe.placed().init_from) == (f"{tmp_path}/text", "a/b")
+    assert recipe.mixture == [{"source": "text", "weight": 1.0}]

@@ -1,5 +1,5 @@
 """What agents need, from the server that `parloop serve` starts: tool calls and reasoning told apart from text, whole and streamed,
-conversations that go on with what tools answered, and stop strings. tests/serve/test_agents.py is the same for transformers' server.
+conversations that go on with what tools answered, and stop strings. tests/serve/test_agents.py is the same without vLLM.
 
 What the model says is scripted, see scripted.py.
 """

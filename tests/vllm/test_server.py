@@ -19,6 +19,8 @@ import pytest
 from conftest import TOLERANCE, Checkpoint, random_checkpoint
 
 from parloop.corpus.tokenizer import train_tokenizer
+from parloop.evaluate.serving import server_version
+from parloop.serve.plugin import vllm_version
 
 LENGTH = 320  # tokens: the longest text that the servers take
 TEMPLATE = (
@@ -116,6 +118,11 @@ def expect_greedy(case, prompt: list[int], answer: list[int]) -> None:
 def test_names_show_the_loop_count(server):
     names = [model.id for model in server.client.models.list()]
     assert names[:2] == ["coder@3", "coder"]
+
+
+def test_it_says_what_it_is(server):
+    """For the record of an evaluation."""
+    assert server_version(f"{server.url}/v1") == f"vLLM {vllm_version()}"
 
 
 def test_completions(server, checkpoint):

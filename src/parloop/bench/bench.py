@@ -8,6 +8,7 @@ same command continues after an interruption, and other lengths and batch sizes 
 """
 
 import json
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..errors import BenchError
+from ..folder import BENCH, OutputFolder, claimed
 from ..model.configuration import PLTConfig
-from ..record import command_line, environment, write_json
+from ..record import command_line, environment
 from ..report.terminal import progress_bars
 from .measure import Block, Variant, cache_report, decode_variants, peak_bytes, prefill_variants, read_bandwidth, reset_peak
 from .models import DTYPES, build, bytes_read, check_memory, config_of, on_meta
@@ -60,6 +62,7 @@ def run_bench(
 
     Raises:
         BenchError: impossible settings, too little memory, or a folder with another bench.
+        OutputError: the folder cannot be written, holds something else than a bench, or another command works in it.
         CheckpointError: no PLT checkpoint.
     """
     console = console or Console()
@@ -77,23 +80,38 @@ def run_bench(
     folder = Path(output) if output else default_folder(checkpoint, shape)
     try:
         torch.set_num_threads(settings.threads)
-        results = {} if fresh else earlier_results(folder, settings)
-        results = results or {"settings": settings.as_json(), "environment": environment(), "commands": [], "blocks": []}
-        results["skipped"] = []
-        done = {(block["phase"], block["tokens"], block["batch_size"]) for block in results["blocks"]}
-        missing = [key for key in keys if key not in done]
-        if missing:
-            results["commands"].append(command or command_line())
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="num_loops=")  # a random model is as bad at every loop count
-                measure_all(settings, config, missing, results, folder, console)
+        with claimed(folder, BENCH, going_on="finished blocks are kept") as out:
+            return _measure_into(out, settings, config, keys, fresh, console, command)
     finally:
         torch.set_num_threads(before)
+
+
+def _measure_into(
+    out: OutputFolder,
+    settings: Settings,
+    config: PLTConfig,
+    keys: list[tuple],
+    fresh: bool,
+    console: Console,
+    command: str | None,
+) -> dict[str, Any]:
+    """Measure the blocks that the folder does not hold yet. Returns all results."""
+    results = {} if fresh else earlier_results(out.path, settings)
+    results = results or {"settings": settings.as_json(), "environment": environment(), "commands": [], "blocks": []}
+    results["skipped"] = []
+    done = {(block["phase"], block["tokens"], block["batch_size"]) for block in results["blocks"]}
+    missing = [key for key in keys if key not in done]
+    if missing:
+        results["commands"].append(command or command_line())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="num_loops=")  # a random model is as bad at every loop count
+            measure_all(settings, config, missing, results, out, console)
     return results
 
 
 def default_folder(checkpoint: str | None, shape: str | None) -> Path:
-    return Path("runs", f"bench-{Path(checkpoint).name if checkpoint else shape}")
+    name = shape if checkpoint is None else Path(os.path.realpath(checkpoint)).name
+    return Path("runs", f"bench-{name}")
 
 
 def earlier_results(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -101,7 +119,7 @@ def earlier_results(folder: Path, settings: Settings) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.exists():
         return {}
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     now = {"settings": settings.as_json(), "environment": environment()}
     changed = [
         f"{name} was {results.get(part, {}).get(name)}, is {value}"
@@ -132,7 +150,7 @@ def prepare(settings: Settings, config: PLTConfig, results: dict[str, Any], cons
 
 
 def measure_all(
-    settings: Settings, config: PLTConfig, keys: list[tuple], results: dict[str, Any], folder: Path, console: Console
+    settings: Settings, config: PLTConfig, keys: list[tuple], results: dict[str, Any], out: OutputFolder, console: Console
 ) -> None:
     """Measure blocks and add them to `results`, which is saved after each."""
     models = prepare(settings, config, results, console)
@@ -155,7 +173,7 @@ def measure_all(
                 results["skipped"].append(dict(zip(("phase", "tokens", "batch_size"), key)) | {"reason": reason})
                 console.print(f"skipped: {name}: {reason}.", highlight=False)
                 progress.advance(task, share)
-            write_json(folder / "results.json", results)
+            out.write_json("results.json", results)
 
 
 def _advance(progress: Progress, task: TaskID, share: float, part: float) -> None:

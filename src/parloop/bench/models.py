@@ -15,7 +15,8 @@ from ..convert import dense_config
 from ..errors import BenchError
 from ..generate import load_config, load_model
 from ..model.configuration import PLTConfig
-from ..model.modeling import PLTForCausalLM, PLTRotaryEmbedding
+from ..model.modeling import PLTForCausalLM
+from ..model.rotary import PLTRotaryEmbedding
 from ..model.shapes import SHAPES, SHARED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -95,15 +96,15 @@ def available_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
     try:  # a container may have less than the machine; its unused file cache can be had
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max": no limit, not a number
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        held = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))  # "max": no limit, not a number
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        held = int((group / "memory.current").read_text(encoding="utf-8")) - int(stat["inactive_file"])
         return min(free, limit - held)
     except (OSError, ValueError, KeyError):
         return free

@@ -26,19 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..folder import disk_errors
 from . import sources
+from .cache import cache_folder, default_cache
 from .packing import pack
 from .tokenizer import text_ids, train_tokenizer
 
 FORMAT = 2  # raise when what is stored changes
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
 NAMED = 20  # how many left-out files of each reason the summary names
-
-
-def default_cache() -> Path:
-    """`PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
-    base = os.environ.get("PARLOOP_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "parloop")
-    return Path(base).expanduser()
 
 
 def _extension(given: str) -> str:
@@ -103,31 +99,24 @@ class Corpus:
 
 
 def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Console | None = None) -> Corpus:
-    """The corpus for these settings, from the cache or made now.
+    """The corpus for these settings, from the cache or made now. Where the cache cannot be written, it is made in a temporary folder.
 
     Raises:
         sources.SourceError: the source cannot be read, or holds too little text.
+        OutputError: neither the cache nor a temporary folder can be written.
     """
     console = console or Console(stderr=True)
     folder = (cache or default_cache()) / "corpus" / settings.key()
     if not (folder / "summary.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-        try:
-            _make(settings, scratch, console)
-            try:
-                os.replace(scratch, folder)
-            except OSError:  # another process was faster, or an unfinished folder is in the way
-                if not (folder / "summary.json").exists():
-                    shutil.rmtree(folder)
-                    os.replace(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        folder = cache_folder("corpus", console, cache) / settings.key()
+    if not (folder / "summary.json").exists():
+        with disk_errors(folder.parent, "it begins again", "folder, PARLOOP_CACHE=FOLDER"):
+            _make_in(folder, settings, console)
     return Corpus(
         train=load_from_disk(str(folder / "train")).with_format("numpy"),
         validation=load_from_disk(str(folder / "validation")),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        summary=json.loads((folder / "summary.json").read_text()),
+        summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         folder=folder,
     )
 
@@ -136,6 +125,21 @@ def is_validation(digest: bytes, share: float) -> bool:
     """Whether the document with this hash is kept for validation. (The hash's first bytes order the documents; these are others,
     so that a limit on the bytes read takes the same share of both splits.)"""
     return int.from_bytes(digest[8:16], "big") < share * 2**64
+
+
+def _make_in(folder: Path, settings: CorpusSettings, console: Console) -> None:
+    """Make the corpus beside its folder, and put it there when it is whole."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        _make(settings, scratch, console)
+        try:
+            os.replace(scratch, folder)
+        except OSError:  # another process was faster, or an unfinished folder is in the way
+            if not (folder / "summary.json").exists():
+                shutil.rmtree(folder)
+                os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make(settings: CorpusSettings, folder: Path, console: Console) -> None:
@@ -149,7 +153,7 @@ def _make(settings: CorpusSettings, folder: Path, console: Console) -> None:
     finally:
         enable_progress_bars()
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[dict]], dict[str, Any]]:

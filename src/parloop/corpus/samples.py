@@ -4,18 +4,23 @@ Documents come in the order of their hashes. First the first window of every doc
 samples stay as independent as the source allows.
 """
 
+import bisect
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..errors import SourceError
 from . import sources
 from .corpus import CorpusSettings, is_validation
 from .tasks import HELD_OUT, Encoder, Task, is_task, task_of
 from .tokenizer import text_ids
 
 MIN_TOKENS = 16  # a shorter rest of a document is no sample
+
+Document = tuple[str, str]  # name and text
 
 
 @dataclass
@@ -26,50 +31,84 @@ class Sample:
     ids: list[int]
 
 
-def draw_samples(settings: CorpusSettings, tokenizer: Any, length: int, samples: int, held_out: bool) -> list[Sample]:
-    """At most `samples` rows of at most `length` tokens.
+def documents_of(settings: CorpusSettings, samples: int, held_out: bool) -> Iterator[Document]:
+    """The documents of a source to draw samples from. Of a data set of the Hub, as many as there are samples.
 
     Args:
         settings: the source and what is read from it; its tokenizer and length are not used.
-        held_out: only documents that training with these settings keeps for validation; of a task always.
+        held_out: only documents that training with these settings keeps for validation.
 
     Raises:
-        sources.SourceError: the source cannot be read, or has no text; the tokenizer cannot spell the task.
+        sources.SourceError: the source cannot be read, or has no text to look at.
+    """
+    enough = samples if settings.source.startswith(sources.HUB) else 0
+    seen: set[bytes] = set()
+    for name, text, _ in sources.read_all(settings):
+        if text is None or (held_out and not is_validation(_digest(text), settings.validation_share)):
+            continue
+        yield name, text
+        if enough:
+            seen.add(_digest(text))
+            if len(seen) == enough:
+                return
+
+
+def draw_samples(documents: Iterable[Document], tokenizer: Any, length: int, samples: int) -> list[Sample]:
+    """At most `samples` rows of at most `length` tokens; none, if no document is long enough.
+
+    Texts are not kept but for those of the `samples` smallest hashes among documents that give a row.
+
+    Raises:
+        ValueError: a number out of its bounds.
+    """
+    if length < 1 or samples < 1:
+        raise ValueError(f"length={length} and samples={samples} must be at least 1.")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def encoded(text: str, tokens: int) -> list[int]:
+        # A token has at least a byte, but rarely more than sixteen characters.
+        return bos + text_ids(tokenizer, text[: 16 * tokens])
+
+    def gives_a_row(text: str) -> bool:
+        clearly = len(encoded(text, 4 * MIN_TOKENS)) >= 2 * MIN_TOKENS  # and cheaply
+        return clearly or len(encoded(text, length)[:length]) >= min(MIN_TOKENS, length)
+
+    kept: list[tuple[bytes, Document]] = []  # in the order of their hashes
+    distinct: set[bytes] = set()  # up to `samples` of the hashes that there are
+    for name, text in documents:
+        digest = _digest(text)
+        if len(distinct) < samples:
+            distinct.add(digest)
+        place = bisect.bisect_left(kept, digest, key=lambda entry: entry[0])
+        if place == samples:
+            continue
+        if place < len(kept) and kept[place][0] == digest:
+            kept[place] = (digest, (name, text))
+        elif gives_a_row(text):
+            kept.insert(place, (digest, (name, text)))
+            del kept[samples:]
+    ids = [encoded(text, length * -(-samples // len(distinct))) for _, (_, text) in kept]
+    rows: list[Sample] = []
+    for start in range(0, max(map(len, ids), default=0), length):
+        for (_, (name, _)), all_ids in zip(kept, ids):
+            row = all_ids[start : start + length]
+            if len(row) >= min(MIN_TOKENS, length) and len(rows) < samples:
+                rows.append(Sample(f"{sources.short_name(name)} [{start}:{start + len(row)}]", row))
+    return rows
+
+
+def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: int, held_out: bool) -> list[Sample]:
+    """At most `samples` rows of the documents of a source; of a task, whose documents never end, the beginnings of held-out ones.
+
+    Raises:
+        sources.SourceError: the source cannot be read, or has no document that is long enough; the tokenizer cannot spell the task.
     """
     if is_task(settings.source):
         return _of_task(task_of(settings.source), tokenizer, length, samples)
-    documents = {}
-    for name, text, _ in sources.read(settings.source, settings.extensions, settings.text_column, settings.max_file_bytes):
-        if text is None:
-            continue
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        if not held_out or is_validation(digest, settings.validation_share):
-            documents[digest] = (name, text)
-            if settings.source.startswith(sources.HUB) and len(documents) >= samples:
-                break
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows: list[Sample] = []
-    encoded: dict[bytes, list[int]] = {}
-    window = 0
-    while len(rows) < samples:
-        before = len(rows)
-        for digest in sorted(documents):
-            if len(rows) == samples:
-                break
-            name, text = documents[digest]
-            if digest not in encoded:  # a token has at least a byte, but rarely more than sixteen characters
-                wanted = 16 * length * -(-samples // len(documents))
-                encoded[digest] = bos + text_ids(tokenizer, text[:wanted])
-            ids = encoded[digest][window * length : (window + 1) * length]
-            if len(ids) >= min(MIN_TOKENS, length):
-                start = window * length
-                rows.append(Sample(f"{sources.short_name(name)} [{start}:{start + len(ids)}]", ids))
-        if len(rows) == before:
-            break
-        window += 1
+    rows = draw_samples(documents_of(settings, samples, held_out), tokenizer, length, samples)
     if not rows:
         share = f" among the {settings.validation_share:.0%} held out of training" if held_out else ""
-        raise sources.SourceError(
+        raise SourceError(
             f"source {settings.source!r} has no document of at least {MIN_TOKENS} tokens{share}: choose another source, or, "
             f"for other kinds of files, set --extensions, for instance --extensions .py .md"
         )
@@ -81,6 +120,10 @@ def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Samp
     encode = Encoder(task, tokenizer)
     rows = [encode(task.document(number, HELD_OUT)).input_ids[:-1][:length].tolist() for number in range(samples)]
     return [Sample(f"{task.source} {number} [0:{len(ids)}]", ids) for number, ids in enumerate(rows)]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.Tensor]]:

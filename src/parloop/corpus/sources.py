@@ -94,6 +94,16 @@ def table_endings(source: str) -> set[str]:
     return set(TABLES) - ({TEXT_TOO} - {Path(source.rstrip("*")).suffix})
 
 
+def files_read(settings: Any) -> list[Path]:
+    """The files of a source whose text is read, by their endings. Empty for the Hub."""
+    if settings.source.startswith(HUB):
+        return []
+    tables, every = table_endings(settings.source), not settings.extensions or _is_single(settings.source)
+    return [
+        path for path in files_of(settings.source) if every or path.suffix in tables or path.suffix in settings.extensions
+    ]
+
+
 def fingerprint(source: str) -> list:
     """What identifies the content of a source: names, sizes and times of its files. Empty for the Hub."""
     if source.startswith(HUB):

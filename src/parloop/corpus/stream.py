@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -341,7 +342,7 @@ class StreamLoader:
         folder.mkdir(parents=True, exist_ok=True)
         for number, state in self.states.items():
             if self.first <= number * self.per_stream < self.first + self.each:
-                (folder / f"stream-{number:04}.json").write_text(json.dumps(state))
+                (folder / f"stream-{number:04}.json").write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Go on from a place that any number of processes saved.
@@ -349,12 +350,12 @@ class StreamLoader:
         Raises:
             CheckpointError: it was saved with another number of streams.
         """
-        there = sorted(folder.glob("stream-*.json"))
+        there = places_in(folder)
         if len(there) != self.mixture.streams:
             raise CheckpointError(
                 f"{str(folder)!r} holds the places of {len(there)} streams, but data_streams={self.mixture.streams}."
             )
-        self.states = {number: json.loads(there[number].read_text()) for number in self.own}
+        self.states = {number: json.loads(there[number].read_text(encoding="utf-8")) for number in self.own}
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -391,11 +392,16 @@ def _allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def places_in(folder: Path) -> list[Path]:
+    """The files with the places of streams, in the order of the streams."""
+    return sorted(path for path in folder.glob("stream-*.json") if re.fullmatch(r"stream-\d+\.json", path.name))
+
+
 def what_was_read(folder: Path) -> list[dict[str, Any]]:
     """Of each source of a mixture, from the places that a checkpoint holds: tokens, documents, the furthest epoch, what was left out."""
     read: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("stream-*.json")):
-        state = json.loads(path.read_text())
+    for path in places_in(folder):
+        state = json.loads(path.read_text(encoding="utf-8"))
         for i, part in enumerate(state["parts"]):
             if len(read) <= i:
                 read.append({"source": part["source"], "tokens": 0, "documents": 0, "epochs": 0, "left_out": Counter()})

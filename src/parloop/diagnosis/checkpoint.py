@@ -1,9 +1,11 @@
 """Diagnose a checkpoint on real text: load it, draw samples, look, and keep everything a report needs."""
 
 import csv
-import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
-from ..corpus.corpus import CorpusSettings
-from ..corpus.samples import draw_samples, padded_batches
-from ..corpus.sources import STDLIB
-from ..errors import CheckpointError, DiagnosisError
+from ..corpus.samples import Document, draw_samples, padded_batches, samples_of
+from ..errors import CheckpointError, DiagnosisError, SourceError
+from ..folder import DIAGNOSIS, OutputFolder, claimed, read_claim
 from ..generate import load_model
-from ..record import environment, write_json
-from ..train.recipe import Recipe, load_recipe
+from ..record import environment
 from .diagnosis import diagnose
 from .lenses import LENSES
+from .text import choose_text
 from .tokens import token_view
 from .verdict import give_verdict
 
@@ -40,6 +41,7 @@ def diagnose_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     center_rank: bool = False,
+    held_out: Iterable[Document] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Diagnose one checkpoint.
@@ -51,6 +53,7 @@ def diagnose_checkpoint(
         samples: rows, each from one document as far as there are enough.
         length: tokens per sample. Default: the recipe's, else 1024, at most the model's.
         loops: loop count; default: as trained.
+        held_out: names and texts of the documents that training held out, where they are at hand: the source is not read then.
 
     Returns:
         what results.json holds for a checkpoint: diagnosis (`Diagnosis.to_dict`), verdict, tokens (the token view), settings.
@@ -73,18 +76,16 @@ def diagnose_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
-    recipe_file = Path(checkpoint, "recipe.yaml")
-    recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
-    trained_on = sorted(recipe.sources, key=lambda part: -part["weight"]) if isinstance(recipe, Recipe) else []
-    parts = [part for part in trained_on if data in (None, part["source"])]  # of a mixture, the largest
-    own = bool(parts)
-    settings = (
-        recipe.corpus_settings(parts[0]) if isinstance(recipe, Recipe) and own else CorpusSettings(source=data or STDLIB)
-    )
-    if extensions:
-        settings = dataclasses.replace(settings, extensions=tuple(extensions))
-    length = length or min(recipe.length if recipe else DEFAULT_LENGTH, longest)
-    rows = draw_samples(settings, tokenizer, length, samples, held_out=own)
+    text = choose_text(checkpoint, data, extensions)
+    settings = text.settings
+    length = length or min(text.recipe.length if text.recipe else DEFAULT_LENGTH, longest)
+    try:
+        rows = draw_samples(held_out, tokenizer, length, samples) if held_out is not None else []
+        rows = rows or samples_of(settings, tokenizer, length, samples, text.held_out)
+    except SourceError as error:
+        if data is not None or text.recipe_file is None:
+            raise
+        raise SourceError(f"{error} This is the text of {text.recipe_file}: for another one, use --data.") from error
     if len(rows) < samples:
         console.print(
             f"source {settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", markup=False
@@ -118,7 +119,8 @@ def diagnose_checkpoint(
             "heads": model.config.num_attention_heads,
             "window_tokens": model.config.window_tokens,
             "data": settings.source,
-            "held_out_only": own,
+            "held_out_only": text.held_out,
+            "trained_on_this_text": text.trained_on,
             "samples": diagnosis.samples,
             "length": length,
             "tokens": int(diagnosis.tokens.sum()),
@@ -130,14 +132,45 @@ def diagnose_checkpoint(
     }
 
 
-def save_results(records: list[dict[str, Any]], folder: Path, command: str) -> None:
-    """results.json: every value of every sample, and lenses.csv: the means with their intervals."""
-    write_json(folder / "results.json", {"command": command, "checkpoints": records})
-    with open(folder / "lenses.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["checkpoint", "lens", "unit", "loop", "mean", "low", "high"])
-        for record in records:
-            for lens, loops in record["diagnosis"]["summary"].items():
-                for loop, interval in enumerate(loops, 1):
-                    if interval is not None:
-                        table.writerow([record["checkpoint"], lens, LENSES[lens].unit, loop, *interval])
+def subjects(checkpoints: Iterable[str | Path]) -> str:
+    """What a folder with a diagnosis is about: folders by their whole paths, and names of the Hub."""
+    return ", ".join(os.path.realpath(place) if Path(place).is_dir() else str(place) for place in checkpoints)
+
+
+def default_folder(checkpoints: Iterable[str | Path]) -> Path:
+    """runs/diagnose-NAMES; if that is about other checkpoints of these names, a hash is appended."""
+    checkpoints = list(checkpoints)
+    names = "-".join(Path(os.path.realpath(place)).name for place in checkpoints)[:80]
+    folder, about = Path("runs", f"diagnose-{names}"), subjects(checkpoints)
+    if os.path.lexists(folder) and read_claim(folder).get("of") != about:
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(about.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}")
+    return folder
+
+
+def diagnosis_folder(
+    folder: str | Path | OutputFolder, checkpoints: Iterable[str | Path]
+) -> AbstractContextManager[OutputFolder]:
+    """A folder, claimed for a diagnosis of these checkpoints.
+
+    Raises:
+        OutputError: it cannot be written, or holds something else or a diagnosis of others.
+    """
+    return claimed(folder, DIAGNOSIS, of=subjects(checkpoints), going_on="the diagnosis begins again")
+
+
+def save_results(records: list[dict[str, Any]], folder: str | Path | OutputFolder, command: str) -> None:
+    """results.json: every value of every sample, and lenses.csv: the means with their intervals.
+
+    Raises:
+        OutputError: the folder is not a diagnosis of these checkpoints, or cannot be written.
+    """
+    rows: list[list[Any]] = [["checkpoint", "lens", "unit", "loop", "mean", "low", "high"]]
+    for record in records:
+        for lens, loops in record["diagnosis"]["summary"].items():
+            for loop, interval in enumerate(loops, 1):
+                if interval is not None:
+                    rows.append([record["checkpoint"], lens, LENSES[lens].unit, loop, *interval])
+    with diagnosis_folder(folder, [record["checkpoint"] for record in records]) as out:
+        out.write_json("results.json", {"command": command, "checkpoints": records})
+        with out.file("lenses.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)

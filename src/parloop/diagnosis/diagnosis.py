@@ -7,6 +7,8 @@ Loop R+1, which the model was not trained for, gives the fixed-point gap of loop
 tokens count: padding is left out, and neither a shift, nor a neighbour, nor a next token crosses into another document.
 """
 
+import difflib
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import DiagnosisError
-from ..model.configuration import PLTConfig
+from ..model.configuration import PLTConfig, loop_count
 from ..statistics import Interval, bootstrap_mean
 from .attention import AttentionLenses
 from .lenses import (
@@ -64,20 +66,40 @@ class Diagnosis:
         return len(self.tokens)
 
     def mean(self, lens: str, loop: int) -> Interval:
-        """Mean over samples with its 95% bootstrap interval; loops count from 1. NaN where the lens does not exist."""
-        values = self.values[lens][:, loop - 1]
-        values = values[~np.isnan(values)]
-        return bootstrap_mean(values) if len(values) else Interval(np.nan, np.nan, np.nan)
+        """Mean over samples with its 95% bootstrap interval; loops count from 1. NaN where the lens does not exist.
+
+        Raises:
+            DiagnosisError: there is no such lens or loop.
+        """
+        return _mean_of_known(self._of(lens, loop))
 
     def change(self, lens: str, loop: int, since: int | None = None) -> Interval:
-        """Mean of the lens at `loop` minus at `since` (default: the loop before) on the same samples, with its interval."""
-        values = self.values[lens]
-        difference = values[:, loop - 1] - values[:, (since or loop - 1) - 1]
-        return bootstrap_mean(difference[~np.isnan(difference)])
+        """Mean of the lens at `loop` minus at `since` (default: the loop before) on the same samples, with its interval.
+
+        NaN where the lens does not exist for one of them.
+
+        Raises:
+            DiagnosisError: there is no such lens or loop, or none before it.
+        """
+        now = self._of(lens, loop)
+        if since is None and operator.index(loop) == 1:
+            raise DiagnosisError("change: loop=1 has no loop before it: name another one, since=..")
+        return _mean_of_known(now - self._of(lens, loop - 1 if since is None else since, "since"))
+
+    def _of(self, lens: str, loop: int, name: str = "loop") -> np.ndarray:
+        """The lens's values at a loop, [samples]."""
+        if lens not in self.values:
+            close = difflib.get_close_matches(str(lens), self.values, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(self.values)}."
+            raise DiagnosisError(f"there is no lens {lens!r}: {hint}")
+        if isinstance(loop, bool) or not hasattr(loop, "__index__") or not 1 <= operator.index(loop) <= self.loops:
+            there = "1" if self.loops == 1 else f"1 to {self.loops}"
+            raise DiagnosisError(f"{name}={loop!r} is no loop of this diagnosis: there are {there}.")
+        return self.values[lens][:, operator.index(loop) - 1]
 
     def one_more(self) -> Interval:
         """Change of the loss by loop R + 1, in nats per token, on the same samples."""
-        return bootstrap_mean(_known(self.one_more_loss - self.values["loss"][:, -1]))
+        return _mean_of_known(self.one_more_loss - self.values["loss"][:, -1])
 
     def joined(self, other: "Diagnosis") -> "Diagnosis":
         """This and another diagnosis of the same model, as one of all samples."""
@@ -146,14 +168,21 @@ def diagnose(
     Raises:
         DiagnosisError: another architecture, no samples, rows without two neighbouring tokens or longer than the model allows.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise DiagnosisError(
+            "this adapter learns a prompt, which the lenses would not see: diagnose the model itself, or one with another adapter."
+        )
+    if hasattr(model, "get_base_model"):  # peft's wrapper; its adapters are inside of the layers
+        model = model.get_base_model()
     config = getattr(model, "config", None)
     if not isinstance(config, PLTConfig) or not hasattr(model, "lm_head"):
         raise DiagnosisError(
             f"{type(model).__name__} is not a PLTForCausalLM: load a PLT checkpoint with AutoModelForCausalLM.from_pretrained."
         )
-    R = config.plt_num_loops if num_loops is None else num_loops
-    if not isinstance(R, int) or R < 1:
-        raise DiagnosisError(f"num_loops={R!r} must be an integer of at least 1.")
+    try:
+        R = config.plt_num_loops if num_loops is None else loop_count(num_loops)
+    except ValueError as error:
+        raise DiagnosisError(str(error)) from None
     seen: Diagnosis | None = None
     was_training = model.training
     model.eval()
@@ -304,8 +333,10 @@ def _median(values: torch.Tensor) -> float:
     return float(values.double().quantile(0.5))  # of an even number, the mean of the middle two
 
 
-def _known(values: np.ndarray) -> np.ndarray:
-    return values[~np.isnan(values)]
+def _mean_of_known(values: np.ndarray) -> Interval:
+    """Of those that are not NaN; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return bootstrap_mean(known) if len(known) else Interval(np.nan, np.nan, np.nan)
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ def write_config(job: Job) -> None:
         environment = {"environment_class": "local", "cwd": s["environment"], "env": {"BASH_ENV": ""}}
     config = {"model": model, "environment": environment, "agent": {"step_limit": s["step_limit"], "cost_limit": 0}}
     job.work.mkdir(parents=True, exist_ok=True)
-    (job.work / "agent.yaml").write_text(json.dumps(_merged(config, s["agent_config"]), indent=1))
+    (job.work / "agent.yaml").write_text(json.dumps(_merged(config, s["agent_config"]), indent=1), encoding="utf-8")
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +81,11 @@ def forget_failed(job: Job) -> None:
     if not path.exists():
         return
     with reading(path):
-        predictions = dict(json.loads(path.read_text()))
+        predictions = dict(json.loads(path.read_text(encoding="utf-8")))
     status = statuses(job)
     kept = {name: entry for name, entry in predictions.items() if status.get(name) in ENDED}
     if len(kept) < len(predictions):
-        path.write_text(json.dumps(kept, indent=2))
+        path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
 def predictions(job: Job) -> dict[str, dict[str, Any]]:
@@ -93,7 +93,7 @@ def predictions(job: Job) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     with reading(path):
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def trajectories(job: Job) -> dict[str, dict[str, Any]]:
@@ -101,7 +101,7 @@ def trajectories(job: Job) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((job.work / "agent").glob("*/*.traj.json")):
         try:
-            found[path.parent.name] = json.loads(path.read_text())
+            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # written while the disk was full
             continue
     return found
@@ -112,7 +112,7 @@ def statuses(job: Job) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((job.work / "agent").glob("exit_statuses_*.yaml"), key=lambda path: path.stat().st_mtime):
         with contextlib.suppress(yaml.YAMLError, LookupError, TypeError, AttributeError):
-            by_status = yaml.safe_load(path.read_text())["instances_by_exit_status"]
+            by_status = yaml.safe_load(path.read_text(encoding="utf-8"))["instances_by_exit_status"]
             found |= {name: status for status, names in by_status.items() for name in names if status not in ENDED}
     return found | {name: trajectory["info"].get("exit_status") for name, trajectory in trajectories(job).items()}
 
@@ -152,9 +152,9 @@ def to_multi_swe_bench(predicted: dict[str, dict[str, Any]], out: Path) -> int:
             raise EvaluationError(f"instance {name!r} is not ORG__REPO-NUMBER, which Multi-SWE-bench wants.")
         patch = entry.get("model_patch") or ""
         rows.append({"org": match["org"], "repo": match["repo"], "number": int(match["number"]), "fix_patch": patch})
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
 if __name__ == "__main__":  # agents.py PREDS.json OUT.jsonl
-    to_multi_swe_bench(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    to_multi_swe_bench(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

@@ -246,7 +246,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A file with a JSON object per line; a last line that was torn is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

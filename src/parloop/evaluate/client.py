@@ -46,7 +46,7 @@ def ask_all(tasks: Path, answers: Path, endpoint: str, model: str, settings: dic
             "text": answer.message.content or "",
             "finish_reason": answer.finish_reason,
         }
-        with lock, answers.open("a") as file:
+        with lock, answers.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     wanted = [(task, n) for task in read_lines(tasks) for n in range(settings["samples"]) if (task["id"], n) not in done]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..record import write_json
+from ..folder import EVALUATION_REPORT, claimed
 from ..statistics import Interval, bootstrap_mean, mcnemar, resample_weights, wilson
 from .benchmark import benchmarks
 from .results import Group, groups, load_results
@@ -19,6 +19,7 @@ def compare(folders: list[Path], output: Path) -> dict[str, Any]:
 
     Raises:
         EvaluationError: there are no results.
+        OutputError: others' files are in the way, or the folder cannot be written.
     """
     results = load_results(folders)
     by_benchmark: dict[str, list[Group]] = {}
@@ -45,7 +46,8 @@ def compare(folders: list[Path], output: Path) -> dict[str, Any]:
             entry["rows"].append({"source": "not run", "loops": None, "model": model, "value": None})
         entries.append(entry)
     content = {"benchmarks": entries, "folders": [str(folder) for folder in folders]}
-    write_json(output / "evaluation.json", content)
+    with claimed(output, EVALUATION_REPORT) as out:
+        out.write_json("evaluation.json", content)
     return content
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..corpus.corpus import default_cache
+from ..corpus.cache import cache_folder, default_cache
 from ..errors import EvaluationError
 from .benchmark import Environment
 
@@ -27,9 +27,13 @@ def requirements(environment: Environment) -> Path:
 
 
 def folder_of(environment: Environment) -> Path:
-    """Where it is, or will be: another list of packages is another folder."""
+    """Where it is, or will be if the cache can be written: another list of packages is another folder."""
+    return default_cache() / "evaluate" / _name_of(environment)
+
+
+def _name_of(environment: Environment) -> str:
     what = requirements(environment).read_bytes() + repr((environment.with_ours, sys.version_info[:2])).encode()
-    return default_cache() / "evaluate" / f"{environment.name}-{hashlib.sha256(what).hexdigest()[:12]}"
+    return f"{environment.name}-{hashlib.sha256(what).hexdigest()[:12]}"
 
 
 def interpreter(environment: Environment) -> tuple[str, tuple[int, int]] | None:
@@ -66,7 +70,9 @@ def make(environment: Environment, console: Console) -> Path:
             "{}'s packages were chosen on Python {}; on {}.{} some may not install or work.".format(environment.name, needed, *version),
             style="yellow", markup=False, highlight=False,
         )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("evaluate", console, default_cache()) / folder.name
+    if (folder / READY).exists():  # in a temporary cache
+        return folder / "bin"
     with console.status(f"installing {environment.name} into {folder} (once, a minute or two)"):
         # Environments cannot be moved, so this one is made where it will be, and is complete when it says so.
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +81,7 @@ def make(environment: Environment, console: Console) -> Path:
         _run([*pip, "--no-deps", "-r", str(requirements(environment))], environment)
         if environment.with_ours:
             _see_ours(folder)
-    (folder / READY).write_text("")
+    (folder / READY).write_text("", encoding="utf-8")
     return folder / "bin"
 
 
@@ -89,7 +95,7 @@ def _see_ours(folder: Path) -> None:
     source = str(HERE.parents[1])  # a source tree that is only on PYTHONPATH
     lines = [f"import site; site.addsitedir({place!r})" for place in dict.fromkeys(places)]
     (target,) = (folder / "lib").glob("python*/site-packages")
-    (target / "parloop-ours.pth").write_text("\n".join([*lines, source]) + "\n")
+    (target / "parloop-ours.pth").write_text("\n".join([*lines, source]) + "\n", encoding="locale")  # as Python reads it
 
 
 def _run(command: list[str], environment: Environment) -> None:

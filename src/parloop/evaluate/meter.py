@@ -78,7 +78,7 @@ class Meter:
             if path.endswith(("completions", "responses")):
                 self.failed_in_a_row = self.failed_in_a_row + 1 if problem else 0
                 self.last_failure = problem or self.last_failure
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
@@ -86,19 +86,19 @@ def _listener(handler: type[BaseHTTPRequestHandler], kept: Path) -> Listener:
     """At the port of earlier runs, since some tools go on only with the address that they began with; at another one if it is taken."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError, OverflowError):
-        return Listener(("127.0.0.1", int(kept.read_text())), handler)
+        return Listener(("127.0.0.1", int(kept.read_text(encoding="utf-8"))), handler)
     listener = Listener(("127.0.0.1", 0), handler)
-    kept.write_text(str(listener.server_address[1]))
+    kept.write_text(str(listener.server_address[1]), encoding="utf-8")
     return listener
 
 
 def move(kept: Iterable[Path], url: str) -> None:
     """Put this run's address into what a tool kept of its settings, in case that the port of then was taken."""
     for path in kept:
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         now = ADDRESS.sub(url, before)
         if now != before:
-            path.write_text(now)
+            path.write_text(now, encoding="utf-8")
 
 
 def _usage(body: bytes) -> tuple[dict[str, Any], str]:
@@ -188,7 +188,7 @@ def cost(log: Path) -> dict[str, float]:
     """Sums over all requests: requests, prompt_tokens, completion_tokens, seconds (of requests, which may overlap), failures."""
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "failures": 0}
     if log.exists():
-        for line in log.read_text().splitlines():
+        for line in log.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:

@@ -39,6 +39,14 @@ class AnotherRunError(EvaluationError):
     """A folder is another measurement's."""
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a folder is a measurement's."""
+    try:
+        return json.loads((folder / SETTINGS).read_text(encoding="utf-8")).keys() == {"settings", "model"}
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
     """Make a folder this measurement's, or see that it is.
 
@@ -49,7 +57,7 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
     now = {"settings": settings, "model": model}
     if path.exists():
         with reading(path):
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
             differ = [
                 f"{name} {before[part].get(name)!r} -> {now[part].get(name)!r}"
                 for part in ("settings", "model")
@@ -131,7 +139,7 @@ def load_results(folders: list[Path]) -> list[dict[str, Any]]:
             raise EvaluationError(f"{str(folder)!r} is not there: give folders with results of parloop eval.")
         for path in sorted(folder.rglob(RESULT)):
             try:
-                content = dict(json.loads(path.read_text()))
+                content = dict(json.loads(path.read_text(encoding="utf-8")))
                 if missing := FIELDS - content.keys():
                     raise ValueError(f"it has no {sorted(missing)[0]}")
                 content["model"]["loops"], content["model"]["name"]

@@ -5,26 +5,24 @@ Nothing is lost when something fails: tools keep what was answered, and the same
 
 import contextlib
 import difflib
-import errno
-import fcntl
 import math
 import os
+import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, OutputError
+from ..folder import LOCK, delete, disk_errors, locked, make_folder, sign, strangers
 from ..generate import load_config, local_folder
 from ..record import command_line, environment
-from ..serve.plugin import vllm_version
 from ..serve.server import served_names
 from . import results
 from .benchmark import Benchmark, Job, Outcome, Step, benchmarks
@@ -35,7 +33,8 @@ from .sandbox import sandboxed
 from .serving import Server, check_model, server_version, serving
 
 STARTS = 3  # of our own server, for one benchmark
-LOCK, SECONDS, REQUESTS = "lock", "seconds.txt", "requests.jsonl"
+SECONDS, REQUESTS = "seconds.txt", "requests.jsonl"
+OF_A_JOB = r"(settings|result)\.json(\.partial)?|(\.parloop\.)?lock|port|seconds\.txt|requests\.jsonl|work|[\w-]+\.log"
 
 
 @dataclass
@@ -184,8 +183,13 @@ def evaluate(request: Request, console: Console | None = None) -> list[dict[str,
 
     Raises:
         EvaluationError: a need is not met, or a benchmark gave no result. Others are run all the same, and what was done is kept.
+        OutputError: a folder cannot be written, holds something else, or another run works in it.
     """
-    console = console or Console(stderr=True)
+    with disk_errors(request.output):
+        return _evaluate(request, console or Console(stderr=True))
+
+
+def _evaluate(request: Request, console: Console) -> list[dict[str, Any]]:
     request.check()
     counts = request.counts()
     waiting = [name for name in request.benchmarks if request.fresh or not all(request.finished(name, n) for n in counts)]
@@ -195,19 +199,21 @@ def evaluate(request: Request, console: Console | None = None) -> list[dict[str,
         if unmet:
             raise EvaluationError(f"{name} cannot run here: " + "; ".join(f"{c.what}: {c.remedy}" for c in unmet) + ".")
     for folder in (request.folder(name, n) for name in waiting for n in counts):
-        if folder.exists():
-            with _locked(folder):  # raises before a server is started
-                if request.fresh:
-                    shutil.rmtree(folder)
+        make_folder(folder)
+        _see_that_it_is_ours(folder, request.fresh)
+        with locked(folder, keep=True):  # raises before a server is started
+            for path in folder.iterdir() if request.fresh else ():
+                if path.name != LOCK:
+                    delete(path)
     bins = {e.name: make(e, console) for name in waiting for e in benchmarks()[name].environments}
     done, failed, goes_on = [], [], False
     for loops in counts:
         with _server(request, loops, console) as server:
             for name in request.benchmarks:
                 try:
-                    with _disk_errors(request.output):
+                    with disk_errors(request.output):
                         done.append(_measure(request, benchmarks()[name], loops, server, bins, console))
-                except EvaluationError as error:
+                except (EvaluationError, OutputError) as error:
                     failed.append(f"{name}, {request.name(loops)}: {error}")
                     goes_on |= not isinstance(error, results.AnotherRunError)
                     console.print(f"{name}, {request.name(loops)}: no result", style="red", markup=False, highlight=False)
@@ -217,30 +223,14 @@ def evaluate(request: Request, console: Console | None = None) -> list[dict[str,
     return done
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[TextIO]:
-    """Keep other runs out of a job's folder, also while a tool lives on that a run started and did not live to end.
-
-    Raises:
-        EvaluationError: another run works in it.
-    """
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise EvaluationError(
-                f"another run works in {str(folder)!r} ({file.read()}): wait for it, or, if its parloop is gone, end the others."
-            ) from None
-        _sign(file)
-        yield file
-
-
-def _sign(lock: TextIO, **others: int) -> None:
-    """Write down whose processes work."""
-    lock.truncate(0)
-    lock.write(", ".join(f"{who}: process {number}" for who, number in {"parloop": os.getpid(), **others}.items()))
-    lock.flush()
+def _see_that_it_is_ours(folder: Path, fresh: bool) -> None:
+    """Raises OutputError: somebody else's things are where a job would write, or, to start over, would be deleted."""
+    claimed = results.is_claimed(folder)
+    others = strangers(folder, OF_A_JOB if claimed else rf"{re.escape(LOCK)}|lock")
+    if others and (fresh or not claimed):
+        raise OutputError(
+            f"{str(folder)!r} holds what parloop eval did not write ({', '.join(others[:3])}): move it away, or choose another --output."
+        )
 
 
 @contextlib.contextmanager
@@ -250,13 +240,13 @@ def _timed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with (folder / SECONDS).open("a") as file:
+        with (folder / SECONDS).open("a", encoding="utf-8") as file:
             file.write(f"{time.monotonic() - started:.3f}\n")
 
 
 def _seconds(folder: Path) -> float:
     """Of all runs."""
-    return sum(map(float, (folder / SECONDS).read_text().split()))
+    return sum(map(float, (folder / SECONDS).read_text(encoding="utf-8").split()))
 
 
 @contextlib.contextmanager
@@ -282,10 +272,12 @@ def _model_of(request: Request, loops: int | None) -> dict[str, Any]:
     return {"name": request.name(loops), "loops": loops, "checkpoint": request.checkpoint, "hash": weights}
 
 
-def _engine(request: Request) -> str:
+def _engine(request: Request, benchmark: Benchmark, server: Server | None) -> str:
+    """What ran the model, by its own word."""
     if request.checkpoint is None:
-        return server_version(str(request.endpoint))
-    return f"vLLM {vllm_version()}" if vllm_version() and "transformers" not in request.serve_options else "transformers"
+        return server_version(str(request.endpoint).rstrip("/"))
+    # What needs no server loads the checkpoint itself.
+    return server.engine if server is not None and benchmark.needs_server else "transformers"
 
 
 def _measure(
@@ -294,7 +286,8 @@ def _measure(
     """One benchmark at one loop count: its result, from before or made now."""
     endpoint = server.url if server is not None else request.endpoint or ""
     job = request.job(benchmark, loops, endpoint, bins)
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
+    _see_that_it_is_ours(job.folder, False)
     model = _model_of(request, loops)
     benchmark.resolve(job)
     settings = results.settings_of(benchmark, job)
@@ -302,8 +295,8 @@ def _measure(
         (kept,) = results.load_results([job.folder])
         results.claim(job.folder, settings, model | {"engine": kept["model"]["engine"]})  # no server is there to say it
         return kept
-    with _locked(job.folder) as job.lock:
-        model["engine"] = _engine(request)
+    with locked(job.folder, keep=True) as job.lock:
+        model["engine"] = _engine(request, benchmark, server)
         results.claim(job.folder, settings, model)
         with _timed(job.folder):
             outcome = _run(benchmark, job, server, console)
@@ -369,7 +362,7 @@ def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console:
     if step.sandbox:
         readable = [*(folder.parent for folder in job.bins.values()), job.drivers, *([job.data] if job.data else [])]
         command = sandboxed(command, job.work, readable, step.environment, step.sandbox == "online")
-    with log.open("a") as output:
+    with log.open("a", encoding="utf-8") as output:
         output.write(f"\n$ {shown(step, job)}\n")
         output.flush()
         process = subprocess.Popen(
@@ -383,7 +376,7 @@ def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console:
             pass_fds=[] if job.lock is None else [job.lock.fileno()],
         )
         if job.lock is not None:
-            _sign(job.lock, **({} if server is None else {"server": server.pid}), **{step.name: process.pid})
+            sign(job.lock, **({} if server is None else {"server": server.pid}), **{step.name: process.pid})
         try:
             with console.status("") as status:
                 while (code := _wait(process)) is None:
@@ -404,7 +397,7 @@ def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console:
     if code not in step.exit_codes:
         if step.server and server is not None and not server.alive():
             raise ServerDiedError(f"The server of {job.model} ended ({server.log}).")
-        last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-600:]
+        last = " / ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])[-600:]
         hint = f" The server's last failure: {meter.last_failure}" if step.server and meter.last_failure else ""
         raise EvaluationError(f"{benchmark.tool} ended with {code} ({log}): {last}{hint}")
 
@@ -423,16 +416,3 @@ def _end(process: subprocess.Popen) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
             return
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk is something that can be put right."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EvaluationError(
-                f"the disk of {folder} is full: make room, and run the same command again; nothing is lost."
-            ) from error
-        raise

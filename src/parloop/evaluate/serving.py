@@ -26,14 +26,14 @@ class Server:
     """`parloop serve` in a process of its own.
 
     Attributes:
-        url: with /v1. model: what the server calls the model, NAME@R. log: what it said.
+        url: with /v1. model: what the server calls the model, NAME@R. log: what it said. engine: what it is, with its version.
     """
 
     def __init__(self, checkpoint: str, loops: int, log: Path, options: list[str]):
         self.checkpoint, self.loops, self.log, self.options = checkpoint, loops, log, options
         self.model = served_names(checkpoint, loops)[0]
         self.process: subprocess.Popen | None = None
-        self.url = ""
+        self.url = self.engine = ""
 
     def start(self) -> None:
         """Raises EvaluationError: it ended instead."""
@@ -53,7 +53,7 @@ class Server:
             str(port),
         ]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as output:
+        with self.log.open("a", encoding="utf-8") as output:
             self.process = subprocess.Popen([*command, *self.options], stdout=output, stderr=output, start_new_session=True)
         deadline = time.time() + START_SECONDS
         while time.time() < deadline:
@@ -63,6 +63,7 @@ class Server:
                 )
             with contextlib.suppress(EvaluationError):
                 check_model(self.url, self.model)
+                self.engine = server_version(self.url)
                 return
             time.sleep(0.5)
         self.stop()
@@ -114,11 +115,12 @@ def check_model(url: str, model: str) -> None:
 
 
 def server_version(url: str) -> str:
-    """What the server says of itself; vLLM's does."""
+    """What the server says of itself: vLLM's gives its version, parloop's without vLLM its engine too."""
+    said: Any = None
     with contextlib.suppress(EvaluationError):
-        return f"vLLM {ask(url.removesuffix('/v1'), '/version')['version']}"
-    return "unknown"
+        said = ask(url.removesuffix("/v1"), "/version")
+    return f"{said.get('engine', 'vLLM')} {said['version']}" if isinstance(said, dict) and "version" in said else "unknown"
 
 
 def _tail(log: Path, lines: int = 8) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:])

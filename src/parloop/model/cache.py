@@ -4,11 +4,15 @@
     0 .. L-1                    full                    loop 1's keys and values of every token
     L .. L*R-1                  window, one per layer   loop r's own keys and values of the last w tokens
                                 and loop r >= 2
-    L*R .. L*R+R-2              carry, one per boundary  loop r's state of the last token, which loop r+1 reads as shift(h_r)
+    L*R .. L*R+R-2              carry, one per boundary  loop r's state of the last s tokens, which loop r+1 reads as shift(h_r);
+                                                        s = 1, the offset. With s = 0 there are none
 
 Only loop 1's keys and values grow with the text (PLT paper, section 3: the shared cache). Loops are counted from 0 here.
+
+Axes: B sequences, N new tokens, S keys (cached and new), G key/value heads, K head size.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .configuration import PLTConfig
+from .configuration import PLTConfig, loop_count
 
 
 def full_index(config: PLTConfig, layer: int) -> int:
@@ -40,6 +44,25 @@ def carry_index(config: PLTConfig, num_loops: int, loop: int) -> int:
     return config.num_hidden_layers * num_loops + loop
 
 
+def carries(config: PLTConfig, num_loops: int) -> int:
+    """How many carries a cache has."""
+    return num_loops - 1 if config.plt_offset > 0 else 0
+
+
+class PrefixCache(DynamicCache):
+    """A cache that begins with keys and values which were learnt, as PEFT's prefix tuning does. Loop 1 holds them, so every loop
+    attends to them globally. They have no states: windows and carries begin with the text."""
+
+    def __init__(self, keys_and_values: Iterable[tuple[torch.Tensor, torch.Tensor]]):
+        super().__init__(keys_and_values)
+        self.prefix_tokens = self.get_seq_length()
+
+
+def prefix_tokens(cache: Any) -> int:
+    """How many tokens at a cache's beginning only loop 1 holds."""
+    return cache.prefix_tokens if isinstance(cache, PrefixCache) else 0
+
+
 def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: int | None = None) -> Cache:
     """An empty cache for `num_loops` loops (default: the configuration's).
 
@@ -47,80 +70,76 @@ def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: i
         config: the model's configuration.
         num_loops: R. The cache then serves calls with this loop count only.
         max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); else it grows.
+
+    Raises:
+        ValueError: num_loops is not an integer of at least 1.
     """
-    cache = StaticCache(config, max_cache_len) if max_cache_len is not None else DynamicCache(config=config)
-    return extend_cache(cache, config, num_loops or config.plt_num_loops)
+    R = config.plt_num_loops if num_loops is None else loop_count(num_loops)
+    if max_cache_len is None:
+        return extend_cache(DynamicCache(config=config), config, R)
+    cache = StaticCache(config, max_cache_len)
+    cache.layers = _with_batch_operations(cache.layers)
+    return extend_cache(cache, config, R)
 
 
 def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
     """Make an empty stock cache hold what `num_loops` loops need, in place; check one that is already extended.
 
     Raises:
-        ValueError: the cache holds tokens but was not made for `num_loops` loops.
+        ValueError: the cache holds tokens but was not made for `num_loops` loops, or forgets tokens of loop 1.
     """
     L, R = config.num_hidden_layers, num_loops
-    if len(cache.layers) == L * R + R - 1 and (R == 1 or isinstance(cache.layers[-1], LinearAttentionLayer)):
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers[:L]):
+        raise ValueError(
+            "The cache was made for a model with sliding windows and would forget tokens that every loop of a PLT reads: make it "
+            "with parloop.make_cache(model.config), or pass an empty DynamicCache()."
+        )
+    n = carries(config, R)
+    if len(cache.layers) == L * R + n and (R == 1 or isinstance(cache.layers[-1], (CarryLayer, *WINDOWS))):
         if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
-            for index, carry in enumerate(cache.layers):
-                if isinstance(carry, LinearAttentionLayer):
-                    cache.layers[index] = fresh = LinearAttentionLayer()
-                    fresh.record_past = carry.record_past
+            for index in range(L * R, L * R + n):
+                carry: Any = cache.layers[index]
+                cache.layers[index] = fresh = CarryLayer()
+                fresh.record_past = carry.record_past
         return cache
-    if cache.get_seq_length() > 0:
+    if cache.get_seq_length() > prefix_tokens(cache):
         loops = cached_loops(cache, config)
         made_for = f"was filled with num_loops={loops}" if loops else f"has {len(cache.layers)} layers"
         raise ValueError(
             f"The cache {made_for} and cannot be continued with num_loops={R}, whose windows and carries it lacks: pass the "
             f"num_loops it was filled with, or start from an empty cache."
         )
-    full = cache.layers[:L]
+    full = _with_batch_operations(cache.layers[:L])
     if not full:  # DynamicCache() without a configuration adds layers when they are first used
         full = DynamicCache(config=config).layers
-    cache.layers = full
-    for _ in range(L * (R - 1)):
-        cache.layers.append(_window_layer(full[0], config))
-    for _ in range(R - 1):
-        cache.layers.append(LinearAttentionLayer())  # a conv state of width 1 is the memory of the shift
+    windows = [_window_layer(full[0], config) for _ in range(L * (R - 1))]
+    cache.layers = [*full, *windows, *(CarryLayer() for _ in range(n))]
     return cache
 
 
-def _window_layer(like: object, config: PLTConfig):
+def remember(cache: Cache | None, k_BGNK: torch.Tensor, v_BGNK: torch.Tensor, index: int):
+    """Append keys and values to a layer of the cache, and return all that it holds, [B, G, S, K] each. Without a cache, or in a
+    layer that holds nothing (w = 0), these are the new ones."""
+    if cache is None or isinstance(cache.layers[index], DummyLayer):
+        return k_BGNK, v_BGNK
+    return cache.update(k_BGNK, v_BGNK, index)
+
+
+def tokens_held(cache: Cache | None, config: PLTConfig, loop: int, layer: int) -> int:
+    """How many earlier tokens a window holds, at most w."""
     w = config.window_tokens
-    if w == 0:  # the token itself: nothing to remember. (A stock window layer of size 1 would keep everything.)
-        return DummyLayer()
-    if isinstance(like, StaticLayer):
-        return StaticSlidingWindowLayer(max_cache_len=like.max_cache_len, sliding_window=w + 1)
-    return DynamicSlidingWindowLayer(sliding_window=w + 1)  # the library counts the token itself, and keeps w
+    return 0 if cache is None or w == 0 else min(cache.get_seq_length(window_index(config, loop, layer)), w)
 
 
-def tail_tokens(config: PLTConfig, num_loops: int, keep: int, loop: int, layer: int) -> int:
-    """How many of the last tokens a layer must be run on in one of the loops 2..R, if only loop R's last `keep` states are
-    needed, and a cache to go on from. Loop 1 runs on every token.
-
-    A layer's output reads its input at its own token and the w before it, so every layer is needed on w tokens more than the
-    next one. Loop r+1's input reads loop r one token to the left, and whatever comes next will read loop r's last state.
-    """
-    L, w = config.num_hidden_layers, config.window_tokens
-    return keep + (num_loops - 1 - loop) * (L * w + 1) + (L - layer) * w
-
-
-def catch_up(cache: Cache, index: int, tokens: int, w: int, k1_BGSK: torch.Tensor) -> None:
-    """Make a window layer one that was given `tokens` tokens, if it was not. What it holds is then not adjacent to what comes
-    next: zeros take its place, and are read only where nothing that is needed depends on it (see `tail_tokens`)."""
-    layer: Any = cache.layers[index]
-    if w == 0 or layer.get_seq_length() == tokens:
-        return
-    layer.reset()
-    B, G, _, K = k1_BGSK.shape
-    zeros = k1_BGSK.new_zeros(B, G, min(tokens, w), K)
-    layer.update(zeros, zeros)
-    length = "cumulative_length_int" if isinstance(layer, StaticLayer) else "cumulative_length"
-    setattr(layer, length, tokens)
+def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
+    """Whether windows and carries keep what a later crop may need (assisted decoding)."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers[config.num_hidden_layers :])
 
 
 def cached_loops(cache: Cache, config: PLTConfig) -> int | None:
     """The loop count that a cache was made for, or None if it is not one of ours."""
-    loops, rest = divmod(len(cache.layers) + 1, config.num_hidden_layers + 1)
+    extra = 1 if config.plt_offset > 0 else 0
+    loops, rest = divmod(len(cache.layers) + extra, config.num_hidden_layers + extra)
     return loops if rest == 0 and loops >= 1 else None
 
 
@@ -134,3 +153,54 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
             kind = "window" if getattr(layer, "is_sliding", False) else "full"
             held[kind] += layer.keys.nbytes + layer.values.nbytes
     return held
+
+
+# Stock layers, with the operations on batches that the library gives to growing layers only.
+
+
+class StaticFullLayer(StaticLayer):
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        _change_batch(self, lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        _change_batch(self, lambda x: x[indices, ...])
+
+
+class StaticWindowLayer(StaticSlidingWindowLayer):
+    batch_repeat_interleave = StaticFullLayer.batch_repeat_interleave
+    batch_select_indices = StaticFullLayer.batch_select_indices
+
+
+class CarryLayer(LinearAttentionLayer):
+    """A conv state of width s: the memory of the shift."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change(lambda x: x[indices, ...])
+
+    def _change(self, change: Any) -> None:
+        self.conv_states = {i: state if state is None else change(state) for i, state in self.conv_states.items()}
+
+
+WINDOWS = (DummyLayer, DynamicSlidingWindowLayer, StaticWindowLayer)
+
+
+def _change_batch(layer: Any, change: Any) -> None:
+    if layer.is_initialized:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+        layer.batch_size = layer.keys.shape[0]
+
+
+def _window_layer(like: object, config: PLTConfig):
+    w = config.window_tokens
+    if w == 0:  # the token itself: nothing to remember. (A stock window layer of size 1 would keep everything.)
+        return DummyLayer()
+    if isinstance(like, StaticLayer):
+        return StaticWindowLayer(max_cache_len=like.max_cache_len, sliding_window=w + 1)
+    return DynamicSlidingWindowLayer(sliding_window=w + 1)  # the library counts the token itself, and keeps w
+
+
+def _with_batch_operations(layers: list) -> list:
+    return [StaticFullLayer(layer.max_cache_len) if type(layer) is StaticLayer else layer for layer in layers]

@@ -5,7 +5,10 @@ the released checkpoint loads, and what is saved here loads elsewhere. Absent is
 `plt_emb_scale` means 1.0 (not 0.707), one without `plt_gate_use_hidden_states` means the query gate.
 """
 
+import re
 from copy import deepcopy
+from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -16,9 +19,24 @@ NOT_RELEASED = {
     "attention_output_bias": None,
     "qk_norm": False,
     "plt_trained_loops": None,
+    "plt_offset": 1,
 }  # fields that released files do not have, and what they are there
-ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here
+ARCHITECTURE = "IQuestPLTCoderForCausalLM"  # the name on disk of what is PLTForCausalLM here; classifiers' follow it
+GATE, GATE_ALIASES = "plt_gate", ("loop_gate_proj",)  # the released name of a layer's gate, and others that checkpoints use
+# Fields by which stock caches decide that a layer forgets tokens, or shares another one's. A PLT's loops read all of loop 1's.
+WINDOWED = ("sliding_window", "attention_chunk_size", "kv_sharing_modes")
 PRIVATE = ("_as_read", "_is_complete")  # attributes that are not fields
+
+
+def loop_count(value: Any, name: str = "num_loops") -> int:
+    """A loop count as an int: any integer type of at least 1, numpy's too, but not a bool.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    return int(value)
 
 
 class PLTConfig(PreTrainedConfig):
@@ -43,6 +61,8 @@ class PLTConfig(PreTrainedConfig):
             `num_loops` of a call.
         plt_trained_loops: the loop counts that the model was trained at, for which the dial does not warn. None: R alone.
         plt_window_size: `[w, 0]`. In loops 2..R a token sees itself and the w tokens before it: w + 1 keys.
+        plt_offset: s, how many tokens to the left a loop reads the state of the loop before. 1: the paper's shift. 0: no shift, the
+            token's own state; a decode step then takes a pass per loop. Other values are for comparison with these.
         plt_normalize_per_loop: apply the final norm after every loop, not only after the last.
         plt_emb_scale: a in `a * E + c * shift(h)`. None means 1.0.
         plt_hidden_scale: c in `a * E + c * shift(h)`. None means 1.0.
@@ -87,6 +107,7 @@ class PLTConfig(PreTrainedConfig):
     plt_num_loops: int = 2
     plt_trained_loops: list[int] | None = None
     plt_window_size: list[int] = None  # type: ignore[assignment]  # filled in below
+    plt_offset: int = 1
     plt_normalize_per_loop: bool = True
     plt_emb_scale: float | None = None
     plt_hidden_scale: float | None = None
@@ -102,12 +123,18 @@ class PLTConfig(PreTrainedConfig):
             self.plt_window_size = [64, 0]
         if isinstance(self.eos_token_id, tuple):
             self.eos_token_id = list(self.eos_token_id)
+        if (
+            kwargs.get("use_sliding_window") is False
+        ):  # a window that is off, in files made from a Qwen2; stock caches do not ask
+            kwargs["sliding_window"] = None
         super().__post_init__(**kwargs)
         self._check()
         self.__dict__["_is_complete"] = True
 
     def __setattr__(self, key: str, value: Any) -> None:
         # from_pretrained(..., plt_num_loops=0) sets fields after construction, so the checks run here too.
+        if key == "per_layer_config" and value:
+            raise ValueError("per_layer_config: all layers of a PLT are alike; remove the field.")
         if not self.__dict__.get("_is_complete") or key.startswith("_"):
             return super().__setattr__(key, value)
         before = deepcopy(getattr(self, key, None))
@@ -122,6 +149,17 @@ class PLTConfig(PreTrainedConfig):
     def window_tokens(self) -> int:
         """w: how many tokens before itself a token sees in loops 2..R (its own key is one more)."""
         return self.plt_window_size[0]
+
+    @property
+    def visited_layers(self) -> int:
+        """L * R: how often a layer is run in a pass, by which `output_hidden_states` counts."""
+        return self.num_hidden_layers * self.plt_num_loops
+
+    @cached_property
+    def auto_map(self) -> dict[str, str]:
+        """Where a repository's own code is: nowhere, unless its file says so. TRL and others read this of every model that
+        transformers does not bring itself."""
+        return {}
 
     @property
     def trained_loops(self) -> list[int]:
@@ -149,22 +187,38 @@ class PLTConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim!r} must be an even integer of at least 2 (RoPE rotates pairs): set head_dim, or "
                 f"choose hidden_size and num_attention_heads so that their quotient is even."
             )
-        if type(self.plt_num_loops) is not int or self.plt_num_loops < 1:
-            raise ValueError(
-                f"plt_num_loops={self.plt_num_loops!r} must be an integer of at least 1: 1 is the plain transformer, 2 the "
-                f"released model's loop count."
-            )
+        try:
+            loop_count(self.plt_num_loops, "plt_num_loops")
+        except ValueError as error:
+            raise ValueError(f"{error} 1 is the plain transformer, 2 the released model's loop count.") from None
         counts = self.plt_trained_loops
-        if counts is not None and not (
-            isinstance(counts, (list, tuple)) and counts and all(type(n) is int and n >= 1 for n in counts)
-        ):
-            raise ValueError(f"plt_trained_loops={counts!r} must be a list of loop counts, each at least 1, or null.")
+        if counts is not None:
+            if not isinstance(counts, (list, tuple)) or not counts:
+                raise ValueError(f"plt_trained_loops={counts!r} must be a list of loop counts, each at least 1, or null.")
+            for n in counts:
+                loop_count(n, "plt_trained_loops: each")
+        if type(self.plt_offset) is not int or self.plt_offset < 0:
+            raise ValueError(
+                f"plt_offset={self.plt_offset!r} must be an integer of at least 0: 1 is the paper's shift by one token, 0 no shift."
+            )
         window = self.plt_window_size
         is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(type(n) is int for n in window)
         if not is_pair or window[0] < 0 or window[1] != 0:
             raise ValueError(
                 f"plt_window_size={window!r} must be [w, 0] with w >= 0: w tokens to the left of the token itself and none "
                 f"to its right, for instance [64, 0]."
+            )
+        for name in WINDOWED:
+            if getattr(self, name, None) not in (None, 0, False):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: caches would forget tokens of loop 1, which every loop of a PLT reads, and "
+                    f"generate() would differ from the model. Remove the field, or set it to null (later loops have plt_window_size)."
+                )
+        other_types = sorted(set(getattr(self, "layer_types", None) or ()) - {"full_attention"})
+        if other_types:
+            raise ValueError(
+                f"layer_types has {', '.join(map(repr, other_types))}: loop 1 of a PLT attends to everything in every layer. Remove "
+                f"the field, or set every layer to 'full_attention' (later loops have plt_window_size)."
             )
         for name in ("plt_emb_scale", "plt_hidden_scale"):
             value = getattr(self, name)
@@ -212,6 +266,8 @@ class PLTConfig(PreTrainedConfig):
         output = super().to_dict()
         for name in PRIVATE:
             output.pop(name, None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -241,5 +297,5 @@ class PLTConfig(PreTrainedConfig):
             if form.get(name) == absent:
                 form.pop(name, None)
         if self.architectures is not None:
-            form["architectures"] = [ARCHITECTURE if name == "PLTForCausalLM" else name for name in self.architectures]
+            form["architectures"] = [re.sub("^PLTFor", "IQuestPLTCoderFor", name) for name in self.architectures]
         return form

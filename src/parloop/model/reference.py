@@ -36,9 +36,9 @@ def attention(q, k, v, visible):
     return score.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
 
-def shift(h):
-    """Token t reads token t - 1; the first token reads zeros."""
-    return torch.cat((torch.zeros_like(h[:1]), h[:-1]))
+def shift(h, s):
+    """Token t reads token t - s; the first s tokens read zeros. (s = 1 in the paper.)"""
+    return F.pad(h, (0, 0, s, 0))[: len(h)]
 
 
 def reference_forward(weights, config, ids, num_loops=None):
@@ -58,6 +58,7 @@ def reference_forward(weights, config, ids, num_loops=None):
     w, eps, theta = config["plt_window_size"][0], config["rms_norm_eps"], config["rope_theta"]
     a = 1.0 if config.get("plt_emb_scale") is None else config["plt_emb_scale"]
     c = 1.0 if config.get("plt_hidden_scale") is None else config["plt_hidden_scale"]
+    s = config.get("plt_offset", 1)
     qkv_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     o_bias = qkv_bias if config.get("attention_output_bias") is None else config["attention_output_bias"]
 
@@ -71,7 +72,7 @@ def reference_forward(weights, config, ids, num_loops=None):
     shared = {}  # layer -> (K1, V1)
     states, h = [], None
     for r in range(1, R + 1):
-        x = E if r == 1 else a * E + c * shift(h)
+        x = E if r == 1 else a * E + c * shift(h, s)
         for n in range(L):
             W = {name[len(p) :]: t for p in [f"model.layers.{n}."] for name, t in weights.items() if name.startswith(p)}
             normed = rms_norm(x, W["input_layernorm.weight"], eps)

@@ -1,77 +1,129 @@
-"""`parloop serve`: vLLM's OpenAI server with the loop dial, or transformers' where there is no vLLM."""
+"""`parloop serve`: an OpenAI server with the loop dial, by the best engine that is installed."""
 
 import argparse
 import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
-from .. import TOO_OLD
 from ..errors import ServeError
-from ..generate import load_config
+from ..export.mlx import mlx_lm_version
+from ..generate import load_config, local_folder
+from ..registration import too_old
 from .plugin import check_vllm_version, vllm_version
 
-ENGINES = ("auto", "vllm", "transformers")
+
+@dataclass(frozen=True)
+class Order:
+    """What to serve. Attributes:
+
+    checkpoint: folder or Hub name.
+    loops: R, the loop count of all answers. trained: the checkpoint's own.
+    names: what clients may call the model. The first is what answers say.
+    overrides: of the checkpoint's configuration, but for the loop count.
+    arguments: options of the server.
+    """
+
+    checkpoint: str
+    loops: int
+    trained: int
+    names: list[str]
+    overrides: dict[str, Any]
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to serve. Attributes:
+
+    at_home: whether `auto` takes it here: it is installed, and the best way of its kind of machine.
+    serve: does not return while the server lives, which says at /version what it is. Raises ServeError: it cannot be started.
+    """
+
+    at_home: Callable[[], bool]
+    serve: Callable[[Order], None]
 
 
 def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str]) -> None:
-    """Replace this process by a server; see `parloop serve --help`.
+    """Serve a checkpoint; see `parloop serve --help`.
 
     Args:
         checkpoint: folder or Hub name.
         loops: R; None: as trained, or as `--hf-overrides` among the arguments says.
-        engine: auto, vllm or transformers.
+        engine: a key of ENGINES, or auto: the first of them that is at home here.
         arguments: options of the server.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is no PLT.
         ServeError: the engine is not installed, or an option cannot be.
     """
-    if engine not in ENGINES:
-        raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(ENGINES)}.")
+    if engine not in ("auto", *ENGINES):
+        raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(('auto', *ENGINES))}.")
     released = load_config(checkpoint)
     trained = released.plt_num_loops
     loops, overrides, arguments = loop_count(loops, trained, arguments)
-    names = served_names(checkpoint, loops)
-    console = Console(stderr=True, soft_wrap=True)
     if loops not in released.trained_loops:
         trained_at = " and ".join(map(str, released.trained_loops))
-        console.print(
-            f"{loops} loops, but this checkpoint was trained with {trained_at}: expect worse text.", style="yellow"
-        )
-    if engine == "vllm" or (engine == "auto" and vllm_version() is not None):
-        if loops != trained or overrides:
-            arguments = [*arguments, "--hf-overrides", json.dumps(overrides | {"plt_num_loops": loops})]
-        command = vllm_command(checkpoint, names, arguments)
-        told = f"vLLM {vllm_version()} serves {checkpoint} with {loops} loops as {names[0]}"
-        console.print(told, highlight=False, markup=False)
-        run(command)
-    console.print(
-        f"transformers serves {checkpoint} with {loops} loops as {names[0]}. It answers one request after the other. vLLM would batch "
-        f'them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".',
-        highlight=False,
-        markup=False,
+        _tell(f"{loops} loops, but this checkpoint was trained with {trained_at}: expect worse text.", style="yellow")
+    if engine == "auto":
+        engine = next(name for name, each in ENGINES.items() if each.at_home())
+    names = served_names(checkpoint, loops)
+    ENGINES[engine].serve(Order(checkpoint, loops, trained, names, overrides, arguments))
+
+
+def _serve_with_vllm(order: Order) -> NoReturn:
+    """Replaces this process."""
+    arguments = order.arguments
+    if order.loops != order.trained or order.overrides:
+        arguments = [*arguments, "--hf-overrides", json.dumps(order.overrides | {"plt_num_loops": order.loops})]
+    command = vllm_command(order.checkpoint, order.names, arguments)
+    _tell(f"vLLM {vllm_version()} serves {order.checkpoint} with {order.loops} loops as {order.names[0]}")
+    run(command)
+
+
+def _serve_with_transformers(order: Order) -> None:
+    better = 'vLLM would batch them, reuse prefixes, and know n, logprobs and guided decoding: pip install "parloop[vllm]".'
+    if sys.platform == "darwin":
+        better = 'mlx-lm would batch them: pip install "parloop[mlx]".'
+    _tell(
+        f"transformers serves {order.checkpoint} with {order.loops} loops as {order.names[0]}. It answers one request after the other. "
+        f"{better}"
     )
     from .fallback import serve_with_transformers
 
-    if TOO_OLD:
-        raise ServeError(TOO_OLD)
-    if overrides:
+    if too_old():
+        raise ServeError(str(too_old()))
+    if order.overrides:
+        raise ServeError(f"--hf-overrides {json.dumps(order.overrides)}: without vLLM, the loop count only (--loops).")
+    serve_with_transformers(order.checkpoint, order.loops, order.names, order.arguments)
+
+
+def _serve_with_mlx(order: Order) -> None:
+    if order.overrides:
         raise ServeError(
-            f"--hf-overrides {json.dumps(overrides)}: transformers' server takes the loop count only (--loops)."
+            f"--hf-overrides {json.dumps(order.overrides)}: mlx-lm's server takes the loop count only (--loops)."
         )
-    options = argparse.ArgumentParser(prog="parloop serve", add_help=False, allow_abbrev=False)
-    options.add_argument("--host", default="127.0.0.1")
-    options.add_argument("--port", type=int, default=8000)
-    options.add_argument("--dtype", default="auto")
-    options.add_argument("--device", default="auto")
-    options.add_argument("--served-model-name", dest="name", default=names[0])
-    known, rest = options.parse_known_args(arguments)
-    serve_with_transformers(checkpoint, num_loops=loops, arguments=rest, **vars(known))
+    from .mlx import serve_with_mlx
+
+    _tell(f"mlx-lm {mlx_lm_version()} serves {order.checkpoint} with {order.loops} loops as {order.names[0]}")
+    serve_with_mlx(local_folder(order.checkpoint), num_loops=order.loops, names=order.names, arguments=order.arguments)
+
+
+ENGINES = {  # the best first
+    "vllm": Engine(lambda: vllm_version() is not None, _serve_with_vllm),
+    "mlx": Engine(lambda: sys.platform == "darwin" and mlx_lm_version() is not None, _serve_with_mlx),
+    "transformers": Engine(lambda: True, _serve_with_transformers),
+}
+
+
+def _tell(message: str, **style: Any) -> None:
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False, **style)
 
 
 def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:

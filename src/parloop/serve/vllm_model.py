@@ -44,7 +44,7 @@ from vllm.model_executor.models.llama import LlamaMLP  # noqa: E402
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix  # noqa: E402
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 
-from ..model.configuration import PLTConfig  # noqa: E402
+from ..model.configuration import GATE, GATE_ALIASES, PLTConfig  # noqa: E402
 from .vllm_carry import Carry  # noqa: E402
 
 logger = init_logger("vllm.parloop")
@@ -302,7 +302,7 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_substr={".loop_gate_proj.": ".plt_gate."},
+        orig_to_new_substr={f".{alias}.": f".{GATE}." for alias in GATE_ALIASES},
         orig_to_new_stacked={
             ".q_proj": (".qkv_proj", "q"),
             ".k_proj": (".qkv_proj", "k"),
@@ -340,9 +340,9 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         mapper = self.hf_to_vllm_mapper
         if self.config.plt_num_loops == 1:  # a looped checkpoint served with one loop
-            mapper = mapper | WeightsMapper(orig_to_new_substr={".plt_gate.": None, ".loop_gate_proj.": None})
+            mapper = mapper | WeightsMapper(orig_to_new_substr={f".{name}.": None for name in (GATE, *GATE_ALIASES)})
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
-        gates = {name for name, _ in self.named_parameters() if ".plt_gate." in name}
+        gates = {name for name, _ in self.named_parameters() if f".{GATE}." in name}
         if gates and not gates & loaded:
             logger.warning(
                 "The checkpoint has no gates: it was trained with one loop. It is served with %d, every gate an even blend of "
@@ -359,6 +359,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: an option that would compute something else.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    offset = vllm_config.model_config.hf_config.plt_offset
+    if offset != 1:
+        why = "needs a pass per loop" if offset == 0 else "needs the states of more than one token"
+        raise ValueError(
+            f"plt_offset={offset}: this plugin serves the paper's shift by one token (plt_offset=1), and another {why} in every step: "
+            f"generate with transformers (parloop serve CHECKPOINT --engine transformers)."
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a PLT visits all layers once per loop, which vLLM's "

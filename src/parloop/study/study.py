@@ -20,6 +20,7 @@ from rich.console import Console
 from ..corpus import Corpus, load_corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..errors import RecipeError
+from ..folder import STUDY, claimed
 from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..record import command_line, environment, write_json
@@ -61,6 +62,7 @@ def run_study(
 
     Raises:
         RecipeError: impossible settings, or a folder with another study.
+        OutputError: the folder cannot be written, holds something else than a study, or another command works in it.
     """
     console = console or Console()
     loops = sorted(set(loops or [1, 2, 3, 4]))
@@ -68,10 +70,33 @@ def run_study(
         raise RecipeError(f"loops {loops} and seeds {seeds} must be at least 1.")
     if match not in MATCHES:
         raise RecipeError(f"match={match!r} is unknown: use one of {', '.join(MATCHES)}.")
-    output = Path(output)
-    corpus = load_corpus(recipe.corpus_settings(), console=console)
-    corpus.print_summary(console)
-    runs = plan(recipe, corpus, loops, seeds, match)
+    if document_chars < 0:
+        raise RecipeError(f"document_chars={document_chars} must be at least 0; 0 takes documents whole.")
+    with claimed(output, STUDY, going_on="finished runs are kept, and an interrupted one goes on") as out:
+        corpus = load_corpus(recipe.corpus_settings(), console=console)
+        corpus.print_summary(console)
+        runs = plan(recipe, corpus, loops, seeds, match)
+        train_all(runs, out.path, corpus, seeds, document_chars, console, fresh)
+        with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
+            costs = measure(out.path, runs, recipe, loops)
+        first = [run for run in runs if run["seed"] == recipe.seed]
+        diagnoses = [diagnosis_of(out.path / run["name"], recipe, corpus, console) for run in first]
+        results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or command_line())
+        results["diagnoses"] = diagnoses
+        out.write_json("results.json", results)
+    return results
+
+
+def train_all(
+    runs: list[dict[str, Any]],
+    output: Path,
+    corpus: Corpus,
+    seeds: int,
+    document_chars: int,
+    console: Console,
+    fresh: bool,
+) -> None:
+    """Train and evaluate every run in a folder of its own; adds `training` and `evaluation` to each."""
     with progress_bars(console) as progress:
         whole = progress.add_task("study", total=sum(run["flops"] for run in runs), loss="")
         for number, run in enumerate(runs, 1):
@@ -91,13 +116,6 @@ def run_study(
             run["training"] = train(run["recipe"], folder, corpus=corpus, console=console, on_step=on_step, fresh=fresh)
             on_step(run["recipe"].steps, run["training"]["loss_curve"][-1][1])
             run["evaluation"] = evaluation_of(folder, run["recipe"], corpus, document_chars)
-    with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
-        costs = measure(output, runs, recipe, loops)
-    diagnoses = [diagnosis_of(output / run["name"], recipe, console) for run in runs if run["seed"] == recipe.seed]
-    results = summarize(recipe, corpus, runs, costs, loops, seeds, match, command or command_line())
-    results["diagnoses"] = diagnoses
-    write_json(output / "results.json", results)
-    return results
 
 
 def plan(recipe: Recipe, corpus: Corpus, loops: list[int], seeds: int, match: str) -> list[dict[str, Any]]:
@@ -129,13 +147,16 @@ def evaluation_of(folder: Path, recipe: Recipe, corpus: Corpus, document_chars: 
     return evaluation
 
 
-def diagnosis_of(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
+def diagnosis_of(folder: Path, recipe: Recipe, corpus: Corpus, console: Console) -> dict[str, Any]:
     """The run's diagnosis on held-out text, kept in the run's folder."""
     path = folder / "diagnosis.json"
     if not path.exists():
-        record = diagnose_checkpoint(folder, samples=LENS_SAMPLES, batch_size=8, device=recipe.device, console=console)
+        held_out = zip(corpus.validation["name"], corpus.validation["text"])
+        record = diagnose_checkpoint(
+            folder, samples=LENS_SAMPLES, batch_size=8, device=recipe.device, held_out=held_out, console=console
+        )
         write_json(path, record)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measure(output: Path, runs: list[dict[str, Any]], recipe: Recipe, loops: list[int]) -> dict[int, dict[str, Any]]:

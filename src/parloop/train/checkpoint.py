@@ -32,10 +32,11 @@ from transformers import GenerationConfig
 from transformers.distributed.utils import gather_full_state_dict
 
 from ..errors import CheckpointError
+from ..folder import check_room, new_folder
+from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
-OTHER_NAMES = [(".self_attn.plt_gate.", ".self_attn.loop_gate_proj.")]  # ours, and another one of released files
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters: independent of how they are grouped
 
 
@@ -94,7 +95,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise CheckpointError(f"checkpoint {str(folder)!r} has no weights that can be read ({error}).") from error
     state = {}
     for name, tensor in _weights(model).items():
-        names = [name, *(name.replace(ours, theirs) for ours, theirs in OTHER_NAMES)]
+        names = [name, *(name.replace(f".{GATE}.", f".{alias}.") for alias in GATE_ALIASES)]
         found = next((candidate for candidate in names if candidate in there), None)
         if found is None:
             raise CheckpointError(f"checkpoint {str(folder)!r} has no weight {name}: it is of another model.")
@@ -150,15 +151,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def checkpoints_of(output: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the newest first. (A folder checkpoint-best is somebody else's.)"""
+    folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
+
+
 def last_whole_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end. (Processes that are killed while they save leave half of
     one, which is deleted here.) Call it from one process."""
-    folders = sorted(output.glob("checkpoint-*"), key=step_of, reverse=True)
-    for folder in folders:
+    for folder in checkpoints_of(output):
         try:
-            json.loads((folder / STATE).read_text())
+            json.loads((folder / STATE).read_text(encoding="utf-8"))
             return folder
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return None
 
@@ -172,35 +178,31 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         out: folder to make.
 
     Raises:
-        CheckpointError: it is no whole checkpoint, or the folder is not empty.
+        CheckpointError: it is no whole checkpoint.
+        OutputError: the folder is not empty, or cannot be written.
     """
     from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
 
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
         raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    if (checkpoint / "adapter_config.json").is_file():
-        from .finetune import merge_adapter
-        from .recipe import ChatRecipe
+    with new_folder(out) as scratch:
+        weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        check_room(scratch, weights, "the model")
+        if (checkpoint / "adapter_config.json").is_file():
+            from .finetune import merge_adapter
+            from .recipe import ChatRecipe
 
-        recipe = ChatRecipe.load(checkpoint.parent / "recipe.yaml")
-        counts = recipe.loop_counts
-        merge_adapter(recipe.model, checkpoint, scratch, counts if counts and len(counts) > 1 else None)
-    if list(checkpoint.glob("shard-*.safetensors")):
-        consolidate_distributed_checkpoint(checkpoint, scratch)
-        (weights,) = scratch.glob("*.safetensors")
-        weights.rename(scratch / "model.safetensors")
-        (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
-    apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|adapter_.*|README\.md|.*\.(pth|pt)")
-    for path in checkpoint.iterdir():
-        if path.is_file() and not apart.fullmatch(path.name):
-            shutil.copyfile(path, scratch / path.name)
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)
+            recipe = ChatRecipe.load(checkpoint.parent / "recipe.yaml")
+            counts = recipe.loop_counts
+            merge_adapter(recipe.model, checkpoint, scratch, counts if counts and len(counts) > 1 else None)
+        if list(checkpoint.glob("shard-*.safetensors")):
+            consolidate_distributed_checkpoint(checkpoint, scratch)
+            (whole,) = scratch.glob("*.safetensors")
+            whole.rename(scratch / "model.safetensors")
+            (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
+        apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|adapter_.*|README\.md|.*\.(pth|pt)")
+        for path in checkpoint.iterdir():
+            if path.is_file() and not apart.fullmatch(path.name):
+                shutil.copyfile(path, scratch / path.name)
     return out

@@ -71,8 +71,15 @@ def evaluate_documents(
         on_batch: called with batches done and batches in all.
         as_lm_eval: count as lm-eval's rolling log-likelihood does: <eos> is not predicted, and a text's last window, if it is not its
             first, is filled up to T tokens with those before it, which are predicted once all the same.
+
+    Raises:
+        ValueError: a number out of its bounds.
     """
-    R = num_loops or model.config.plt_num_loops
+    if length < 1 or batch_size < 1 or max_chars < 0 or (num_loops is not None and num_loops < 1):
+        raise ValueError(
+            f"length={length}, batch_size={batch_size} and num_loops={num_loops} must be at least 1, max_chars={max_chars} at least 0."
+        )
+    R = model.config.plt_num_loops if num_loops is None else num_loops
     windows, sizes = [], []
     for number, text in enumerate(texts):
         part, whole = cut_text(text, max_chars)

@@ -24,12 +24,23 @@ from transformers import AutoTokenizer
 from ..corpus import sources
 from ..corpus.chat import Chat, load_chat
 from ..errors import RecipeError
+from ..folder import OutputFolder, check_room
 from ..generate import load_config, load_model, load_part, local_folder
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
 from .checkpoint import load_base, save_model, save_weights
-from .pretrain import MODEL_DONE, TRAINED_ON, close_run, curves, finished, open_run, run
+from .pretrain import (
+    MODEL_DONE,
+    TRAINED_ON,
+    bytes_to_come,
+    close_run,
+    curves,
+    finished,
+    opened_run,
+    run,
+    save_tokenizer,
+)
 from .recipe import ChatRecipe
 from .sharding import empty_model, first_process_first, start_processes, uses_bfloat16
 from .trainer import training_arguments
@@ -57,27 +68,41 @@ def finetune(
 
     Raises:
         RecipeError: TRL or peft is not installed; the folder holds another run; the recipe and the checkpoint do not fit.
+        OutputError: the folder cannot be written, holds something else than a run, or another command works in it.
         SourceError: there are no conversations, or the checkpoint has no chat template.
         CheckpointError: the checkpoint cannot be read.
         TrainingDivergedError: the loss is not a number, or far above its start.
     """
     try:
         import peft  # noqa: F401
-        from trl import SFTConfig
+        from trl import SFTConfig  # noqa: F401
 
-        from .sft import PLTSFTTrainer
+        from .sft import PLTSFTTrainer  # noqa: F401
     except ImportError as error:
         raise RecipeError(f'fine-tuning needs TRL and peft ({error}): pip install "parloop[finetune]".') from error
     output = Path(output)
     config = _config(recipe)  # before anything is written, or deleted
     state = start_processes(recipe)
-    main = state.is_main_process
-    console = console or Console(stderr=True, quiet=not main)
-    with first_process_first(state):
-        if main:
-            open_run(recipe, output, fresh)
-    if (output / MODEL_DONE).exists():
-        return finished(output, main)
+    console = console or Console(stderr=True, quiet=not state.is_main_process)
+    with opened_run(recipe, output, state, fresh) as out:
+        if (output / MODEL_DONE).exists():
+            return finished(output, state.is_main_process)
+        return _finetune(recipe, config, output, out, state, console, on_step)
+
+
+def _finetune(
+    recipe: ChatRecipe,
+    config: PLTConfig,
+    output: Path,
+    out: OutputFolder | None,
+    state: PartialState,
+    console: Console,
+    on_step: Callable[[int, float], None] | None,
+) -> dict[str, Any]:
+    """Fine-tune from where the run in the folder is. The first process has it claimed, as `out`."""
+    from trl import SFTConfig
+
+    from .sft import PLTSFTTrainer
 
     tokenizer = load_part(AutoTokenizer, recipe.model, "tokenizer (tokenizer.json)")
     if len(tokenizer) > config.vocab_size:
@@ -86,11 +111,12 @@ def finetune(
             f"another model's, or tokens were added without resizing the model."
         )
     with first_process_first(state):
-        if main:
+        if out is not None:
+            save_tokenizer(tokenizer, out)
             stop_ids = _stop_ids(config, tokenizer, local_folder(recipe.model))
             with console.status("reading conversations"):
                 prepare(recipe, output, tokenizer, stop_ids, console)
-    summary = json.loads((output / ROWS / SUMMARY).read_text())
+    summary = json.loads((output / ROWS / SUMMARY).read_text(encoding="utf-8"))
     train_rows, validation_rows = (load_from_disk(str(output / ROWS / name)) for name in ("train", "validation"))
     if len(train_rows) < recipe.batch_size:
         raise RecipeError(
@@ -100,6 +126,11 @@ def finetune(
     steps = math.ceil(recipe.epochs * len(train_rows) / recipe.batch_size)
 
     model = _model(recipe, config, state)
+    if out is not None:
+        saved_as: Any = load_config(recipe.model).dtype or torch.float32
+        merged = saved_as.itemsize * sum(p.numel() for p in model.parameters())  # beside it, adapters are small
+        needed = merged if recipe.lora_rank else bytes_to_come(model, recipe, steps, output, saved_as.itemsize)
+        check_room(output, needed, "fine-tuning")
     evaluates = bool(recipe.eval_every and len(validation_rows))
     arguments = training_arguments(
         recipe,
@@ -126,7 +157,7 @@ def finetune(
         )
         trainer.loop_counts = counts if len(counts) > 1 else None
         label = f"{output.name}: R = {' or '.join(map(str, counts))}"
-        run(trainer, output, steps, label, console, on_step, {"digest": summary["digest"]})
+        run(trainer, recipe, output, steps, label, console, on_step, {"digest": summary["digest"]})
 
     tuned: Any = trainer.model
     result = {
@@ -139,7 +170,7 @@ def finetune(
         "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
     } | curves(trainer, recipe.batch_size * recipe.length)
     _save(tuned, recipe, output, tokenizer, state)
-    if main:
+    if out is not None:
         close_run(output, result)
     state.wait_for_everyone()
     return result
@@ -153,14 +184,14 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         RecipeError: they are others than when the run began.
     """
     folder, known = output / ROWS, json.loads(json.dumps([sources.fingerprint(recipe.chat), tokenizer.chat_template]))
-    kept = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else None
+    kept = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).exists() else None
     if kept is not None and kept["fingerprint"] == known:
         return
     datasets.disable_progress_bars()
     chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
     _tell(chat, console)
     begun = output / TRAINED_ON
-    if begun.exists() and json.loads(begun.read_text())["digest"] != chat.digest:
+    if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["digest"] != chat.digest:
         raise RecipeError(
             f"chat={recipe.chat!r} has changed since the run in {str(output)!r} began: start over with --fresh, or choose another "
             f"--output."
@@ -262,7 +293,7 @@ def _lora(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
 
 def _stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
     file = folder / "generation_config.json"
-    given = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     stops: set[int] = set()
     for ids in (given, config.eos_token_id, tokenizer.eos_token_id):
         stops |= set(ids) if isinstance(ids, (list, tuple)) else set() if ids is None else {ids}
@@ -294,11 +325,8 @@ def _save(model: Any, recipe: ChatRecipe, output: Path, tokenizer: Any, state: P
         save_weights(model, output / ADAPTER)
     if recipe.lora_rank and state.is_main_process:
         tokenizer.save_pretrained(output / ADAPTER)
+        (output / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's model card knows nothing of the model
         merge_adapter(recipe.model, output / ADAPTER, output, model.config.plt_trained_loops)
-    if state.is_main_process:
-        tokenizer.save_pretrained(output)
-        for folder in (output, output / ADAPTER):  # TRL's and peft's model cards know nothing of the model
-            (folder / "README.md").unlink(missing_ok=True)
 
 
 def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] | None) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from ..model.configuration import PLTConfig
 from ..model.flops import training_flops_per_token
-from ..model.masks import band_block
 from ..model.modeling import PLTForCausalLM
+from ..model.window import band_block
 from .recipe import ChatRecipe, Recipe
 
 GPUS = (1, 8, 64, 512)

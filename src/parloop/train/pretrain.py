@@ -7,14 +7,13 @@ interrupted run from its last whole checkpoint, with the same data order and ran
 
 import contextlib
 import dataclasses
-import fnmatch
 import glob
 import itertools
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,40 @@ from transformers import AutoTokenizer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from ..corpus import Corpus, Mixture, Part, StreamLoader, collate, load_corpus, pack, train_tokenizer
-from ..corpus.stream import what_was_read
+from ..corpus.stream import places_in, what_was_read
 from ..corpus.tokenizer import document_ids
-from ..errors import RecipeError
+from ..errors import OutputError, RecipeError
+from ..folder import Kind, OutputFolder, check_room, claimed, delete, disk_errors
 from ..generate import load_config, load_part, local_folder
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
-from .checkpoint import STATE, last_whole_checkpoint, load_base, load_weights, save_model, step_of
+from .checkpoint import STATE, checkpoints_of, last_whole_checkpoint, load_base, load_weights, save_model, step_of
 from .recipe import ChatRecipe, Recipe, RunSettings
 from .sharding import agreed, empty_model, fill, first_process_first, start_processes
-from .trainer import BarCallback, Clock, HiddenScaleWarmup, PLTTrainer, StepCallback, quiet_libraries, training_arguments
+from .trainer import (
+    BarCallback,
+    Clock,
+    HiddenScaleWarmup,
+    KeepCheckpoints,
+    PLTTrainer,
+    StepCallback,
+    quiet_libraries,
+    training_arguments,
+)
 
 MODEL_DONE = "training.json"  # written last: the run is finished
 TRAINED_ON = "corpus.json"  # the digest of what is trained on, written when training begins
-PREPARED = {  # what may be in a run's folder before that
-    "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "validation",
-    "conversations",
-}  # fmt: skip
-OF_A_RUN = (  # patterns of what runs, studies and fine-tuning leave in a folder
-    *sorted(PREPARED), TRAINED_ON, MODEL_DONE, "config.json", "generation_config.json", "model*.safetensors*", "special_tokens_map.json",
-    "added_tokens.json", "checkpoint-*", "runs", "adapter", "stream-*.json", "diagnosis.json", "evaluation-*.npz", "README.md", ".*",
-)  # fmt: skip
+RUN = Kind(
+    "a run",
+    files=r"recipe\.yaml|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja",
+    made=r"corpus\.json|training\.json|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"checkpoint-\d+|runs|adapter|validation|conversations|stream-\d+\.json|diagnosis\.json|evaluation-\d+\.npz|.*\.partial(\.npz)?",
+    known=lambda folder: (folder / "recipe.yaml").is_file() and _has_begun(folder),
+    over=False,  # what is edited in a run that goes on stays as it is
+)
+LEFT_OVER = "left-over.partial"  # names of what a finished run has still to delete
+GOES_ON = "it goes on from its last whole checkpoint"
 TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
 FREE_TO_CHANGE = {  # do not change what is trained
     "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gradient_accumulation", "gather",
@@ -142,8 +153,9 @@ def train(
         what training.json holds: steps, tokens, seconds, tokens per second, the loss curve; of a mixture, what was read of each source.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe or on other text, or with `fresh` something else than a run; there
-            is no such device; the corpus is too small for a step; a step cannot be divided among the processes.
+        RecipeError: the folder holds a run of another recipe or on other text, or what is read; there is no such device; the corpus
+            is too small for a step; a step cannot be divided among the processes.
+        OutputError: the folder cannot be written, holds something else than a run, or another command works in it.
         CheckpointError: the checkpoint to go on from cannot be read.
         TrainingDivergedError: the loss is not a number, or far above its start.
     """
@@ -151,20 +163,29 @@ def train(
     if recipe.init_from is not None:
         load_config(recipe.init_from)  # raises: it is not there
     state = start_processes(recipe)
-    main = state.is_main_process
-    console = console or Console(stderr=True, quiet=not main)
-    with first_process_first(state):
-        if main:
-            open_run(recipe, output, fresh)
-            if corpus is not None:
-                _same_text(corpus.summary, output)
-    if (output / MODEL_DONE).exists():
-        return finished(output, main)
-    data = _Data(recipe, output, state, console, corpus)
-    if main:
-        data.tokenizer.save_pretrained(output)
+    console = console or Console(stderr=True, quiet=not state.is_main_process)
+    with opened_run(recipe, output, state, fresh, corpus) as out:
+        if (output / MODEL_DONE).exists():
+            return finished(output, state.is_main_process)
+        return _train(recipe, output, out, state, console, corpus, on_step)
 
+
+def _train(
+    recipe: Recipe,
+    output: Path,
+    out: OutputFolder | None,
+    state: PartialState,
+    console: Console,
+    corpus: Corpus | None,
+    on_step: Callable[[int, float], None] | None,
+) -> dict[str, Any]:
+    """Train from where the run in the folder is. The first process has it claimed, as `out`."""
+    data = _Data(recipe, output, out, state, console, corpus)
+    if out is not None:
+        save_tokenizer(data.tokenizer, out)
     model = build_model(recipe, data.tokenizer, state)
+    if out is not None:
+        check_room(output, bytes_to_come(model, recipe, recipe.steps, output), "training")
     arguments = training_arguments(
         recipe, output, recipe.steps, state.num_processes, ignore_data_skip=data.stream is not None
     )
@@ -182,9 +203,10 @@ def train(
         steps = max(1, round(recipe.hidden_scale_warmup_share * recipe.steps))
         trainer.add_callback(HiddenScaleWarmup(model.config, steps))
     label = f"{output.name}: R = {' or '.join(map(str, recipe.loop_counts))}"
-    run(trainer, output, recipe.steps, label, console, on_step, {"digest": data.digest})
+    run(trainer, recipe, output, recipe.steps, label, console, on_step, {"digest": data.digest})
 
     save_model(model, output)
+    main = out is not None
     result = {
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.batch_size * recipe.length,
@@ -204,6 +226,7 @@ def train(
 
 def run(
     trainer: Any,
+    settings: RunSettings,
     output: Path,
     steps: int,
     label: str,
@@ -216,6 +239,7 @@ def run(
     checkpoint = agreed(last_whole_checkpoint(output) if main else None)
     trainer.clock = Clock(checkpoint)
     trainer.add_callback(trainer.clock)
+    trainer.add_callback(KeepCheckpoints(settings.keep_checkpoints))
     bar = None
     if on_step is not None:
         trainer.add_callback(StepCallback(on_step))
@@ -261,12 +285,20 @@ class _Data:
         stream: the loader of a mixture, or None.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, state: PartialState, console: Console, corpus: Corpus | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        out: OutputFolder | None,
+        state: PartialState,
+        console: Console,
+        corpus: Corpus | None,
+    ):
         settings = recipe
         if recipe.init_from is not None and recipe.tokenizer is None:
             settings = dataclasses.replace(recipe, tokenizer=recipe.init_from)
         if recipe.mixture:
-            self._open_mixture(settings, output, state, console)
+            self._open_mixture(settings, output, out, state, console)
             return
         if corpus is None:
             with first_process_first(state):
@@ -277,23 +309,26 @@ class _Data:
         self.rows = whole_batches(corpus, recipe)
         self.validation = validation_rows(corpus.validation["text"], corpus.tokenizer, recipe) if recipe.eval_every else None
 
-    def _open_mixture(self, recipe: Recipe, output: Path, state: PartialState, console: Console) -> None:
-        mixture = mixture_of(recipe)
+    def _open_mixture(
+        self, recipe: Recipe, output: Path, out: OutputFolder | None, state: PartialState, console: Console
+    ) -> None:
+        # Its digest and places have paths as they were spelt when the run began.
+        mixture = mixture_of(dataclasses.replace(recipe, mixture=Recipe.load(output / "recipe.yaml").mixture))
         rows = (recipe.batch_size, recipe.gradient_accumulation, state.process_index, state.num_processes)
         StreamLoader(mixture, None, *rows)  # whether streams and processes fit, before anything is prepared
         with first_process_first(state):
             self.digest = mixture.digest()
-            if state.is_main_process:
+            if out is not None:
                 _same_text({"source": "mixture", "digest": self.digest}, output)
                 with console.status("reading the mixture: tokenizer and validation rows"):
-                    self._prepare(recipe, mixture, output)
+                    self._prepare(recipe, mixture, out)
             self.tokenizer = AutoTokenizer.from_pretrained(output)
             self.validation = load_from_disk(str(output / "validation")).with_format("numpy") if recipe.eval_every else None
         self.stream = StreamLoader(mixture, self.tokenizer, *rows)
         self.rows = Dataset.from_dict({"input_ids": [[0]] * recipe.batch_size})  # Trainer asks for one; ours is the stream
 
-    def _prepare(self, recipe: Recipe, mixture: Mixture, output: Path) -> None:
-        if _has_begun(output):
+    def _prepare(self, recipe: Recipe, mixture: Mixture, out: OutputFolder) -> None:
+        if _has_begun(out.path):
             return
         if recipe.tokenizer is not None:
             tokenizer = load_part(AutoTokenizer, recipe.tokenizer, "tokenizer (tokenizer.json)")
@@ -303,7 +338,7 @@ class _Data:
                 )
         else:
             tokenizer = train_tokenizer(mixture.sample_texts(recipe.max_bytes or TOKENIZER_BYTES), recipe.vocab_size)
-        tokenizer.save_pretrained(output)
+        save_tokenizer(tokenizer, out)
         if recipe.eval_every:
             rows = packed_rows(mixture.validation_documents(tokenizer, recipe.eval_rows * recipe.length), recipe)
             if not len(rows):
@@ -311,9 +346,9 @@ class _Data:
                     f"the mixture's held-out documents fill no row of length={recipe.length}: raise validation_share, lower length, "
                     f"or set eval_every: 0."
                 )
-            shutil.rmtree(output / "validation", ignore_errors=True)
+            shutil.rmtree(out.path / "validation", ignore_errors=True)
             disable_progress_bars()
-            rows.save_to_disk(str(output / "validation"))
+            rows.save_to_disk(str(out.path / "validation"))
 
 
 def mixture_of(recipe: Recipe) -> Mixture:
@@ -353,59 +388,97 @@ def packed_rows(tokens: list[np.ndarray], recipe: Recipe) -> Dataset:
 # The run's folder
 
 
-def open_run(recipe: Recipe | ChatRecipe, output: Path, fresh: bool) -> None:
-    """See that the folder is this recipe's, or free, and make it this recipe's. A run that has not begun to train can be
-    changed: what was prepared for it is made again.
+@contextlib.contextmanager
+def opened_run(
+    recipe: Recipe | ChatRecipe, output: Path, state: PartialState, fresh: bool, corpus: Corpus | None = None
+) -> Iterator[OutputFolder | None]:
+    """The run's folder, claimed by the first process for as long as it trains; None on the others, and if the run is finished.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError, OutputError: as `train`.
     """
-    _keep_inputs(recipe, output)
+    with contextlib.ExitStack() as stack:
+        out = None
+        stack.enter_context(disk_errors(output, GOES_ON))  # of the other processes
+        with first_process_first(state):
+            if state.is_main_process:
+                _keep_inputs(recipe, output)
+                if fresh or not (output / MODEL_DONE).is_file():
+                    out = stack.enter_context(claimed(output, RUN, going_on=GOES_ON))
+                    open_run(recipe, out, fresh)
+                elif differ := _differences(recipe, output):
+                    raise _another_recipe(output, differ)
+                if corpus is not None:
+                    _same_text(corpus.summary, output)
+        yield out
+
+
+def open_run(recipe: Recipe | ChatRecipe, out: OutputFolder, fresh: bool) -> None:
+    """See that the run in the folder is this recipe's, or make it this recipe's. A run that has not begun to train can be changed:
+    what was prepared for it is made again.
+
+    Raises:
+        RecipeError: it is another recipe's.
+        OutputError: the folder holds something else than a run, and would be deleted.
+    """
+    path = out.path / "recipe.yaml"
     if fresh:
-        _delete_run(output)
-    path = output / "recipe.yaml"
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"output {str(output)!r} is a file: choose a folder.")
-    if not path.exists():
-        if output.exists() and any(output.iterdir()):
-            raise RecipeError(f"output {str(output)!r} is not empty and holds no run: choose another folder.")
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(path)
-        return
-    before, now = _fields_of(type(recipe), path), dataclasses.asdict(recipe)
-    differ = [name for name in now if now[name] != before.get(name) and name not in FREE_TO_CHANGE]
-    if differ and not _has_begun(output):
-        _delete_run(output)
-        return open_run(recipe, output, False)
-    if differ:
-        shown = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differ)
-        raise RecipeError(
-            f"output {str(output)!r} holds a run of another recipe ({shown}): choose another output, or start over with --fresh."
-        )
-    recipe.save(path)
+        _delete_run(out)
+    if path.exists():
+        differ = _differences(recipe, out.path)
+        if differ and _has_begun(out.path):
+            raise _another_recipe(out.path, differ)
+        if differ:
+            _delete_run(out)
+        elif _fields_of(type(recipe), path) == dataclasses.asdict(recipe.placed()) or not out.owns("recipe.yaml"):
+            return
+    out.write("recipe.yaml", recipe.placed().to_yaml())
+
+
+def _differences(recipe: Recipe | ChatRecipe, output: Path) -> dict[str, tuple[Any, Any]]:
+    """Fields that determine what is trained, and are another in the folder's recipe: there, and here."""
+    before, now = _fields_of(type(recipe), output / "recipe.yaml"), dataclasses.asdict(recipe.placed())
+    return {
+        name: (before.get(name), now[name]) for name in now if now[name] != before.get(name) and name not in FREE_TO_CHANGE
+    }
+
+
+def _another_recipe(output: Path, differ: dict[str, tuple[Any, Any]]) -> RecipeError:
+    shown = ", ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in differ.items())
+    return RecipeError(
+        f"output {str(output)!r} holds a run of another recipe ({shown}): choose another output, or start over with --fresh."
+    )
 
 
 def _fields_of(kind: type[RunSettings], path: Path) -> dict[str, Any]:
     try:
-        return dataclasses.asdict(kind.load(path))
+        return dataclasses.asdict(kind.load(path).placed())
     except RecipeError as error:
         raise RecipeError(f"the folder holds a run of another kind or version ({error}): choose another output.") from error
 
 
+def save_tokenizer(tokenizer: Any, out: OutputFolder) -> None:
+    """Once: a chat template that is put into the folder later stays as it is."""
+    if not (out.path / "tokenizer_config.json").exists():  # the last file that is written
+        out.write_files(tokenizer.save_pretrained)
+
+
 def close_run(output: Path, result: dict[str, Any]) -> None:
     """The run is finished: say so, and delete what was for resuming."""
+    left = [*checkpoints_of(output), output / "validation", output / "conversations", *places_in(output)]
+    write_json(output / LEFT_OVER, [path.name for path in left])
     write_json(output / MODEL_DONE, result)
     finished(output, True)
 
 
 def finished(output: Path, main: bool) -> dict[str, Any]:
     """What a finished run left. Deletes what was for resuming, if a process was killed while it did."""
-    if main:
-        for folder in [*output.glob("checkpoint-*"), output / "validation", output / "conversations"]:
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in output.glob("stream-*.json"):
-            file.unlink()
-    return json.loads((output / MODEL_DONE).read_text())
+    left_over = output / LEFT_OVER
+    if main and left_over.exists():
+        for name in json.loads(left_over.read_text(encoding="utf-8")):
+            delete(output / name)
+        left_over.unlink()
+    return json.loads((output / MODEL_DONE).read_text(encoding="utf-8"))
 
 
 def _has_begun(output: Path) -> bool:
@@ -432,30 +505,28 @@ def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
             raise RecipeError(f"output {str(output)!r} holds what is read ({name}): choose another output.")
 
 
-def _delete_run(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise RecipeError(f"output {str(output)!r} is a file: choose a folder.")
-    if Path.cwd().resolve().is_relative_to(output.resolve()):
-        raise RecipeError(
-            f"output {str(output)!r} holds the folder that this runs in, which is not deleted: choose another output."
+def _delete_run(out: OutputFolder) -> None:
+    if Path.cwd().resolve().is_relative_to(out.path.resolve()):
+        raise OutputError(
+            f"output {str(out.path)!r} holds the folder that this runs in, which is not deleted: choose another output."
         )
-    there = {path.name for path in output.iterdir()}
-    others = sorted(name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in OF_A_RUN))
-    if there and not ("recipe.yaml" in there and (_has_begun(output) or there <= PREPARED)):
-        others = others or sorted(there - PREPARED)
-    if others:
-        raise RecipeError(
-            f"output {str(output)!r} holds other things than a run ({', '.join(others[:3])}), so it is not deleted: move them away, or choose "
-            f"another output."
-        )
-    shutil.rmtree(output)
+    out.clear()
+
+
+def bytes_to_come(model: Any, settings: RunSettings, steps: int, output: Path, weight_bytes: int = 4) -> float:
+    """Bytes of the checkpoints that a run will hold at a time and of its model, but for what is there of them."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    checkpoint = 3 * 4 * trained + 2**22  # weights and both moments, in float32; tokenizer and the like
+    made = math.ceil(steps / settings.save_every)
+    kept, there = min(settings.keep_checkpoints, made), len(checkpoints_of(output))
+    most = kept + (made > kept)  # an older one is deleted when a new one is whole
+    return max((most - there) * checkpoint, (kept - there) * checkpoint + weight_bytes * whole)
 
 
 def _same_text(summary: dict[str, Any], output: Path) -> None:
     path = output / TRAINED_ON
-    if path.exists() and json.loads(path.read_text())["digest"] != summary["digest"]:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["digest"] != summary["digest"]:
         raise RecipeError(
             f"source {summary['source']!r} has changed since the run in {str(output)!r} began, and losses on different "
             f"text do not compare: start over with --fresh, or choose another --output."

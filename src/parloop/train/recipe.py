@@ -6,7 +6,9 @@ share the fields of the optimiser and of the run. A file with the field `chat` i
 
 import dataclasses
 import difflib
+import glob
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 import yaml
 
 from ..corpus import CorpusSettings
+from ..corpus.sources import HUB, INSTALLED, STDLIB
 from ..errors import RecipeError
 from ..model.configuration import ARCHITECTURE, PLTConfig
 
@@ -93,6 +96,8 @@ class RunSettings:
     def load(cls, path: str | Path, **overrides: Any) -> typing.Self:
         """Read a YAML file, or a shipped recipe by name; `overrides` that are not None win over it.
 
+        Paths in the file are looked for beside it, then where this process runs.
+
         Raises:
             RecipeError: no such file or shipped recipe, not a mapping, an unknown field, a value of the wrong type.
         """
@@ -104,10 +109,21 @@ class RunSettings:
                 guess = RENAMED.get(close[0], close[0]) if close else ""
                 hint = f" Did you mean {guess!r}?" if close else f" Known fields: {', '.join(known)}."
                 raise RecipeError(f"recipe {str(path)!r} has an unknown field {name!r}.{hint}")
+        values = _with_paths(values, lambda given: _beside(given, path.parent))
         return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def placed(self) -> typing.Self:
+        """The same with absolute paths, so that it can be read from anywhere."""
+        here = _with_paths(
+            {f.name: getattr(self, f.name) for f in fields(self)}, lambda given: _found(given, Path()) or given
+        )
+        return type(self)(**here)
 
 
 @dataclass
@@ -358,7 +374,7 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
         names = ", ".join(shipped_recipes())
         raise RecipeError(f"recipe {given!r} is neither a file nor one of the shipped recipes ({names}).")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -371,6 +387,35 @@ def shipped_recipes() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     folder = next(f for f in (package / "recipes", package.parents[1] / "recipes") if f.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+PATHS = ("source", "tokenizer", "init_from", "model", "chat")  # fields that may name a file, a folder or a glob
+
+
+def _with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Fields with the paths among them changed, those of a mixture's entries too."""
+    changed = {name: change(value) if name in PATHS and isinstance(value, str) else value for name, value in values.items()}
+    if isinstance(mixture := values.get("mixture"), list):
+        changed["mixture"] = [_with_paths(entry, change) if isinstance(entry, dict) else entry for entry in mixture]
+    return changed
+
+
+def _beside(given: str, folder: Path) -> str:
+    """A path that is meant from a folder; as it is, if it means the same from here, or nothing there."""
+    found = _found(given, folder)
+    return given if found is None or found == _found(given, Path()) else found
+
+
+def _found(given: str, folder: Path) -> str | None:
+    """The absolute path of a file, folder or glob that is there, seen from a folder; None for what is no path."""
+    if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB):
+        return None
+    try:
+        path = folder / Path(given).expanduser()
+        there = path.exists() or (glob.has_magic(given) and next(glob.iglob(str(path), recursive=True), None) is not None)
+    except (OSError, ValueError, RuntimeError):  # no name of a file, nobody's home
+        return None
+    return os.path.abspath(path) if there else None
 
 
 def _mixture_entry(entry: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from transformers.distributed import DistributedConfig
 
 from ..errors import RecipeError
 from ..model.configuration import PLTConfig
-from ..model.modeling import PLTForCausalLM, PLTRotaryEmbedding
+from ..model.modeling import PLTForCausalLM
+from ..model.rotary import PLTRotaryEmbedding
 from .recipe import RunSettings
 
 

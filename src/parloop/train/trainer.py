@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import time
 import warnings
 from collections import deque
@@ -19,7 +20,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_utils import SaveStrategy
 
 from ..errors import TrainingDivergedError
-from .checkpoint import STATE, load_optimizer, load_weights, save_optimizer, save_weights
+from .checkpoint import STATE, checkpoints_of, load_optimizer, load_weights, save_optimizer, save_weights
 from .recipe import RunSettings
 from .sharding import barrier, free_gathered, is_sharded, main_process, mean_over_processes, uses_bfloat16, uses_cuda
 
@@ -153,7 +154,6 @@ def training_arguments(settings: RunSettings, output: Path, steps: int, processe
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": settings.save_every,
-        "save_total_limit": settings.keep_checkpoints,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
         "report_to": ["tensorboard"] if _has_tensorboard() else [],
@@ -166,7 +166,7 @@ class Clock(TrainerCallback, ExportableState):
     checkpoint's trainer_state.json, so that time and weights are always those of the same step."""
 
     def __init__(self, checkpoint: Path | None):
-        state = {} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
+        state = {} if checkpoint is None else json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         before = state.get("stateful_callbacks", {}).get("Clock", {}).get("attributes", {})
         self.seconds: float = before.get("seconds", 0.0)
         self.median: float = before.get("median", 0.0)  # of this process's steps, or of the last one's if it made none
@@ -187,6 +187,18 @@ class Clock(TrainerCallback, ExportableState):
 
     def step_seconds(self) -> float:
         return float(np.median(self.steps)) if self.steps else self.median
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Deletes a run's older checkpoints. (Trainer's own limit counts and deletes all that is called checkpoint-SOMETHING.)"""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def on_save(self, args, state, control, **kwargs):
+        if main_process():
+            for folder in checkpoints_of(Path(args.output_dir))[self.number :]:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class HiddenScaleWarmup(TrainerCallback):

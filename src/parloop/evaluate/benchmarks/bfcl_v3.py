@@ -51,7 +51,7 @@ def prepare(job: Job) -> None:
         rows = read_lines(path)
         kept = [row for row in rows if "traceback" not in row]
         if len(kept) < len(rows):
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def parse(job: Job) -> Outcome:

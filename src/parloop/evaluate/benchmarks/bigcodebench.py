@@ -80,12 +80,12 @@ def parse(job: Job) -> Outcome:
     if not path.exists():
         return Outcome({}, problems=["bigcodebench left no scores: see scores.log"])
     with reading(path):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         items = {
             task: sum(s["status"] == "pass" for s in samples) / len(samples) for task, samples in content["eval"].items()
         }
     with reading(rates := _result(job, "_pass_at_k.json")):
-        own = json.loads(rates.read_text())["gt_pass_rate"]
+        own = json.loads(rates.read_text(encoding="utf-8"))["gt_pass_rate"]
     problems = []
     if own < 0.99:
         problems.append(

@@ -75,9 +75,9 @@ def prepare(job: Job) -> None:
     if not texts.exists():
         rows = read_lines(job.data) if job.data else [{"text": text} for text in held_out_texts(job)]
         partial = texts.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+        partial.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows), encoding="utf-8")
         partial.rename(texts)
-    (job.work / "task" / "held_out.yaml").write_text(YAML.format(file=texts.absolute()))
+    (job.work / "task" / "held_out.yaml").write_text(YAML.format(file=texts.absolute()), encoding="utf-8")
 
 
 def held_out_texts(job: Job) -> list[str]:

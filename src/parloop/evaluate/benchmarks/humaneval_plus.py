@@ -63,7 +63,7 @@ def parse(job: Job) -> Outcome:
         return Outcome({}, problems=["evalplus left no scores: see scores.log"])
     items, base = {}, {}
     with reading(scores(job)):
-        content = json.loads(scores(job).read_text())
+        content = json.loads(scores(job).read_text(encoding="utf-8"))
         for task, samples in content["eval"].items():
             base[task] = sum(s["base_status"] == "pass" for s in samples) / len(samples)
             items[task] = sum(s["base_status"] == s["plus_status"] == "pass" for s in samples) / len(samples)

@@ -88,7 +88,7 @@ def prepare(job: Job) -> None:
     job.work.mkdir(parents=True, exist_ok=True)
     start, end = job.settings["start_date"], job.settings["end_date"]
     kept = []
-    with (_data(job) / "data.jsonl").open() as lines:
+    with (_data(job) / "data.jsonl").open(encoding="utf-8") as lines:
         for line in lines:  # tens of kilobytes each, and hundreds
             problem = json.loads(line)
             if start <= problem["contest_date"][:10] <= end:
@@ -96,9 +96,9 @@ def prepare(job: Job) -> None:
     kept = sorted(kept, key=lambda problem: str(problem["question_id"]))[: job.limit]
     if not kept:
         raise EvaluationError(f"livecodebench: {job.data} has no problem from {start} to {end}.")
-    (job.work / "window.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in kept))
+    (job.work / "window.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in kept), encoding="utf-8")
     tasks = [{"id": str(problem["question_id"]), "messages": messages(problem)} for problem in kept]
-    (job.work / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (job.work / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks), encoding="utf-8")
 
 
 def collect(work: Path, samples: int) -> None:
@@ -110,7 +110,7 @@ def collect(work: Path, samples: int) -> None:
     if short:
         sys.exit(f"{len(short)} problems have fewer than {samples} answers, {short[0]} for one")
     (work / "out.json").write_text(
-        json.dumps([{"question_id": name, "code_list": codes} for name, codes in programs.items()])
+        json.dumps([{"question_id": name, "code_list": codes} for name, codes in programs.items()]), encoding="utf-8"
     )
 
 
@@ -120,7 +120,7 @@ def parse(job: Job) -> Outcome:
         return Outcome({}, problems=["the scorer left nothing: see scores.log"])
     by_difficulty: dict[str, list[float]] = {}
     with reading(path):
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
         items = {str(row["question_id"]): sum(row["graded_list"]) / len(row["graded_list"]) for row in rows}
         for row in rows:
             by_difficulty.setdefault(row["difficulty"], []).append(items[str(row["question_id"])])

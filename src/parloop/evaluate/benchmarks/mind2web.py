@@ -46,7 +46,7 @@ def steps(job: Job) -> list[Step]:
         command[2] = name
         command = command[: command.index("-T")] + command[command.index("-T") + 2 :]
     before = newest(job)
-    if before is not None and json.loads(before.read_text())["samples"]:
+    if before is not None and json.loads(before.read_text(encoding="utf-8"))["samples"]:
         retry = [
             str(job.bins["inspect"] / "inspect"),
             "eval-retry",
@@ -64,7 +64,7 @@ def newest(job: Job) -> Path | None:
     """The last log that can be read."""
     for path in sorted((job.work / "logs").glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            if "samples" in json.loads(path.read_text()):
+            if "samples" in json.loads(path.read_text(encoding="utf-8")):
                 return path
         except (ValueError, TypeError):
             continue
@@ -76,7 +76,7 @@ def parse(job: Job) -> Outcome:
     if path is None:
         return Outcome({}, problems=["inspect left no log: see answers.log"])
     with reading(path):
-        return _outcome(json.loads(path.read_text()))
+        return _outcome(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _outcome(log: dict) -> Outcome:

@@ -70,7 +70,7 @@ def prepare(job: Job) -> None:
                 "repo": f"{row['org']}/{row['repo']}",
             }
         )
-    (job.work / "tasks" / "test.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (job.work / "tasks" / "test.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks), encoding="utf-8")
     assert job.data is not None
     config = {
         "mode": "evaluation",
@@ -93,7 +93,7 @@ def prepare(job: Job) -> None:
         "log_level": "INFO",
         "log_to_console": True,
     }
-    (job.work / "grade.json").write_text(json.dumps(config, indent=1))
+    (job.work / "grade.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def parse(job: Job) -> Outcome:
@@ -108,7 +108,7 @@ def parse(job: Job) -> Outcome:
     if not path.exists():
         return Outcome({}, parts=parts, problems=["multi-swe-bench left no report: see grades.log"])
     with reading(path):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         # Its own total counts folders; ours are the instances that were tried.
         resolved = {name.replace("/", "__").replace(":pr-", "-") for name in report["resolved_ids"]}
         parts |= {"errors": report["error_instances"]}

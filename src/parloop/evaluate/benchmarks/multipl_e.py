@@ -59,7 +59,7 @@ def prepare(job: Job) -> None:
             question = PROMPT.format(language=row["language"], prompt=row["prompt"].rstrip())
             tasks.append({"id": name, "messages": [{"role": "user", "content": question}]})
     for file, rows in (("problems.jsonl", problems), ("tasks.jsonl", tasks)):
-        (job.work / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (job.work / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def problems_of(job: Job, language: str) -> list[dict]:
@@ -95,7 +95,7 @@ def collect(work: Path) -> None:
             "tests": problem["tests"],
             "completions": completions,
         }
-        with gzip.open(path, "wt") as file:
+        with gzip.open(path, "wt", encoding="utf-8") as file:
             json.dump(content | {"stop_tokens": []}, file)
 
 
@@ -104,7 +104,7 @@ def parse(job: Job) -> Outcome:
     by_language: dict[str, list[float]] = {}
     for path in sorted((job.work / "programs").rglob("*.results.json.gz")):
         language = path.parent.name
-        with reading(path), gzip.open(path, "rt") as file:
+        with reading(path), gzip.open(path, "rt", encoding="utf-8") as file:
             results = json.load(file)["results"]
             passed = sum(result["status"] == "OK" and result["exit_code"] == 0 for result in results) / max(len(results), 1)
         items[f"{language}/{path.name.removesuffix('.results.json.gz')}"] = passed

@@ -57,7 +57,7 @@ def parse(job: Job) -> Outcome:
         return Outcome({}, parts=parts, problems=["swebench left no report: see grades.log"])
     problems = []
     with reading(reports[0]):
-        report = json.loads(reports[0].read_text())
+        report = json.loads(reports[0].read_text(encoding="utf-8"))
         resolved = set(report["resolved_ids"])
         # What was not asked for is "incomplete" to swebench, which grades the whole data set.
         missing = [] if job.limit else report["incomplete_ids"]

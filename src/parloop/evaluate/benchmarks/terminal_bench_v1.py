@@ -45,7 +45,7 @@ def parse(job: Job) -> Outcome:
     if not path.exists():
         return Outcome({}, problems=["tb left no results: see trials.log"])
     with reading(path):
-        results = json.loads(path.read_text())["results"]
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
         failed = [row["task_id"] for row in results if row["is_resolved"] is None or row.get("failure_mode") in NO_TRIAL]
     problems = (
         [f"{len(failed)} of {len(results)} trials did not take place, {failed[0]} for one: see trials.log, and run it again"]
@@ -63,7 +63,7 @@ def prepare(job: Job) -> None:
     move(folder.glob("tb.lock"), job.endpoint)
     for path in folder.glob("*/*/results.json"):
         try:
-            failed = json.loads(path.read_text()).get("failure_mode") in NO_TRIAL
+            failed = json.loads(path.read_text(encoding="utf-8")).get("failure_mode") in NO_TRIAL
         except ValueError:
             failed = True
         if failed:

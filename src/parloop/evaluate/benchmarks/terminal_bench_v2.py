@@ -68,7 +68,7 @@ def prepare(job: Job) -> None:
     folder = job.work / "jobs" / job.key
     for path in folder.glob("*/result.json"):
         try:
-            failed = score(json.loads(path.read_text())) is None
+            failed = score(json.loads(path.read_text(encoding="utf-8"))) is None
         except (ValueError, AttributeError, TypeError):
             failed = True
         if failed:
@@ -81,7 +81,7 @@ def parse(job: Job) -> Outcome:
     failed = []
     for path in sorted((job.work / "jobs" / job.key).glob("*/result.json")):
         with reading(path):
-            trial = json.loads(path.read_text())
+            trial = json.loads(path.read_text(encoding="utf-8"))
             reward = score(trial)
             if reward is None:
                 failed.append(f"{trial['task_name']} ({exception(trial) or 'no reward'})")
@@ -93,7 +93,7 @@ def parse(job: Job) -> Outcome:
     whole = job.work / "jobs" / job.key / "result.json"
     if whole.exists():
         with reading(whole):
-            asked = json.loads(whole.read_text())["n_total_trials"]
+            asked = json.loads(whole.read_text(encoding="utf-8"))["n_total_trials"]
             if len(items) + len(failed) < asked:
                 problems.append(
                     f"{len(items) + len(failed)} of {asked} trials have a result: see trials.log, and run it again"

@@ -23,11 +23,11 @@ def problems(out: str, *options: str) -> None:
 
     limit = int(options[1]) if options else None
     if HUMANEVAL_OVERRIDE_PATH:
-        with open(HUMANEVAL_OVERRIDE_PATH) as file:
+        with open(HUMANEVAL_OVERRIDE_PATH, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
     else:
         rows = list(get_human_eval_plus().values())
-    with open(out + ".partial", "w") as file:
+    with open(out + ".partial", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows[:limit])
     os.replace(out + ".partial", out)
 

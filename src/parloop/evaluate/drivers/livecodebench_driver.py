@@ -16,7 +16,7 @@ datasets = types.ModuleType("datasets")
 
 
 def load_dataset(*_args, **_kwargs):
-    with open(problems) as file:
+    with open(problems, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

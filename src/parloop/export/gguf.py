@@ -1,0 +1,58 @@
+"""GGUF files of PLT checkpoints, under keys that are our proposal (docs/porting.md): for who writes an engine. No tokenizer is in them."""
+
+from pathlib import Path
+
+from ..errors import ExportError
+
+WARNING = (
+    "No engine runs this file yet: llama.cpp has no PLT, nor have Ollama, LM Studio and others that build on it. Its keys are a proposal "
+    "(docs/porting.md). Please do not publish it: names cannot be changed once files are about."
+)
+TYPES = {None: "F32", 8: "Q8_0", 4: "Q4_0"}  # of matrices; gates and norms stay float32
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.plt_gate": "loop_gate", "self_attn.plt_gate.gate_norm": "loop_gate_norm",
+}  # fmt: skip
+
+
+def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
+    """Write `model.gguf`. Raises ExportError: the package gguf is missing, or this is nothing that the proposal covers."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ExportError('the package gguf is not installed: pip install "parloop[gguf]".') from error
+    from safetensors import safe_open
+
+    from ..generate import load_config
+
+    config = load_config(checkpoint)
+    rope: dict = config.rope_parameters or {}
+    if bits not in TYPES or rope.get("rope_type", "default") != "default":
+        raise ExportError(f"bits={bits}, {rope}: only F32, Q8_0 (8 bits) and Q4_0 (4) with plain RoPE are written.")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "plt")
+    a, c = (1.0 if scale is None else scale for scale in (config.plt_emb_scale, config.plt_hidden_scale))
+    for add, *arguments in (
+        ("vocab_size", config.vocab_size), ("context_length", config.max_position_embeddings), ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size), ("block_count", config.num_hidden_layers), ("key_length", config.head_dim),
+        ("head_count", config.num_attention_heads), ("head_count_kv", config.num_key_value_heads), ("value_length", config.head_dim),
+        ("rope_dimension_count", config.head_dim), ("rope_freq_base", rope["rope_theta"]), ("layer_norm_rms_eps", config.rms_norm_eps),
+        ("sliding_window", config.window_tokens + 1), ("uint32", "plt.loop.count", config.plt_num_loops),  # it counts the token itself
+        ("bool", "plt.loop.norm_per_loop", config.plt_normalize_per_loop), ("float32", "plt.loop.embedding_scale", a),
+        ("float32", "plt.loop.hidden_scale", c),
+        ("string", "plt.loop.gate_input", "hidden" if config.plt_gate_use_hidden_states else "query"),
+    ):  # fmt: skip
+        getattr(writer, f"add_{add}")(*arguments)
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.offset_keys():
+                module, _, kind = name.replace("loop_gate_proj", "plt_gate").removeprefix("model.layers.").rpartition(".")
+                layer, _, rest = module.partition(".") if module[0].isdigit() else ("", "", module)
+                plain = "norm" in rest or "plt_gate" in rest or kind == "bias"
+                form = gguf.GGMLQuantizationType["F32" if plain else TYPES[bits]]
+                values = gguf.quants.quantize(file.get_tensor(name).float().numpy(), form)
+                writer.add_tensor(f"{layer and f'blk.{layer}.'}{NAMES[rest]}.{kind}", values, raw_dtype=form)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()

@@ -1,0 +1,519 @@
+"""The folder that a verb writes into: it can be written, it is the verb's own, and nobody else works in it.
+
+    with claimed("runs/study-quick", STUDY) as out:  # raises OutputError before there is any work to lose
+        out.write("report.html", page)
+
+A claimed folder holds parloop.json: which kind of folder it is, and a hash of every file that was written into it. A file that is
+not there as it was written is somebody else's, and is neither written over nor deleted.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import OutputError, ParloopError
+from .record import write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs in one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+CLAIM = "parloop.json"
+LOCK = ".parloop.lock"
+SCRATCH = ".partial-"  # begins the names of files and folders that are not whole yet
+REMEMBERED = 2  # hashes of a file: a run that is killed between writing parloop.json and the file leaves the one before
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that a verb makes.
+
+    Attributes:
+        name: with its article, for messages.
+        files: a pattern of the names that are written through OutputFolder.
+        made: a pattern of what else comes to be there: from libraries, or from another verb.
+        known: whether a folder without a claim is one of these: made by a version that left none.
+        over: all of the files are written over when the verb runs again, so nobody else's may have their names.
+        shared: it may stand among other things, as long as none of them has one of its names.
+    """
+
+    name: str
+    files: str
+    made: str = ""
+    known: Callable[[Path], bool] = lambda folder: False
+    over: bool = True
+    shared: bool = False
+
+
+def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
+    """Whether a folder has a JSON file with these fields."""
+
+    def known(folder: Path) -> bool:
+        return set(fields) <= _read_json(folder / file).keys()
+
+    return known
+
+
+def _is_study(folder: Path) -> bool:
+    """Whether a folder has a study's results, or runs of one that was interrupted before there were any."""
+    runs = all(re.fullmatch(STUDY.made, name) and (folder / name / "recipe.yaml").is_file() for name in _names(folder))
+    return runs or _holds("results.json", "rows", "verdict")(folder)
+
+
+STUDY = Kind(
+    "a study",
+    files=r"results\.json|report\.html|README\.md|(loss|curves|cost|lenses-\w+)\.png",
+    made=r"r\d+-seed\d+",
+    known=_is_study,
+)
+DIAGNOSIS = Kind(
+    "a diagnosis",
+    files=r"results\.json|lenses\.csv|report\.html|lenses-\w+\.png",
+    known=_holds("results.json", "command", "checkpoints"),
+)
+BENCH = Kind("a bench", files=r"results\.json|bench\.png", known=_holds("results.json", "settings", "blocks"))
+EVALUATION_REPORT = Kind(
+    "a report of parloop eval",
+    files=r"evaluation\.json|report\.html|evaluation\.png",
+    known=_holds("evaluation.json", "benchmarks", "folders"),
+    shared=True,
+)
+
+
+class OutputFolder:
+    """A folder that is claimed.
+
+    Attributes:
+        path: the folder, spelt as it was given.
+        kind: which kind of folder it is.
+        of: what it is about, for kinds that are about something.
+        hashes: name -> SHA-256 of the file as it was written, the last one at the end.
+    """
+
+    def __init__(self, path: Path, kind: Kind, of: str, hashes: dict[str, list[str]]):
+        self.path, self.kind, self.of, self.hashes = path, kind, of, hashes
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A path to write to. What is there appears under `name` when it is whole.
+
+        Raises:
+            OutputError: somebody else's file has that name.
+        """
+        if (self.path / name).exists() and not self.owns(name):
+            raise OutputError(_in_the_way(self.path, [name]))
+        scratch = self.path / f"{SCRATCH}{name}"
+        try:
+            yield scratch
+            self._remember(name, scratch)
+            os.replace(scratch, self.path / name)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file, in UTF-8."""
+        with self.file(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write(name, json.dumps(content, indent=1, allow_nan=False))
+
+    def write_files(self, write: Callable[[Path], Any]) -> None:
+        """Let a function fill a folder with files, and put them here."""
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.path) as folder:
+            write(Path(folder))
+            for written in sorted(Path(folder).iterdir()):
+                with self.file(written.name) as path:
+                    written.replace(path)
+
+    def owns(self, name: str) -> bool:
+        """Whether a file is there as it was written."""
+        path = self.path / name
+        return path.is_file() and not path.is_symlink() and _hash(path) in self.hashes.get(name, [])
+
+    def strangers(self) -> list[str]:
+        """Names of what is there and was not written by this kind of verb."""
+        return strangers(self.path, self.kind.made, self.owns)
+
+    def clear(self) -> None:
+        """Delete everything but the claim.
+
+        Raises:
+            OutputError: there are other things than this kind of folder has.
+        """
+        if others := [f"{name}, changed since" if name in self.hashes else name for name in self.strangers()]:
+            raise OutputError(
+                f"output {str(self.path)!r} holds other things than {self.kind.name} ({_some(others)}), so it is not deleted: move them "
+                f"away, or choose another folder."
+            )
+        for path in self.path.iterdir():
+            if path.name not in (CLAIM, LOCK):
+                delete(path)
+        self.hashes = {}
+        self._save()
+
+    def _remember(self, name: str, path: Path) -> None:
+        now = _hash(path)
+        before = [known for known in self.hashes.get(name, []) if known != now]
+        self.hashes[name] = [*before, now][-REMEMBERED:]
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path / CLAIM, {"kind": self.kind.name, "of": self.of, "files": self.hashes})
+
+    def _take(self) -> None:
+        """Read the claim. Of a folder that an older version made, what it wrote is known by its name.
+
+        Raises:
+            OutputError: the folder is another's.
+        """
+        claim, there = read_claim(self.path), _names(self.path)
+        what = f"output {str(self.path)!r} holds"
+        if claim and claim["kind"] != self.kind.name:
+            raise OutputError(f"{what} {claim['kind']}, and not {self.kind.name}: choose another folder.")
+        if claim and claim["of"] != self.of:
+            raise OutputError(f"{what} {self.kind.name} of {claim['of']}, and not of {self.of}: choose another folder.")
+        if claim:
+            self.hashes = {name: list(known) for name, known in claim["files"].items()}
+        elif there and self.kind.known(self.path):
+            own = [name for name in there if re.fullmatch(self.kind.files, name) and (self.path / name).is_file()]
+            self.hashes = {name: [_hash(self.path / name)] for name in own}
+        elif there and not self.kind.shared:
+            kind = self.kind.name.split(" ", 1)[1]
+            raise OutputError(
+                f"output {str(self.path)!r} is not empty and holds no {kind} ({_some(there)}): choose another folder."
+            )
+
+    def _see_that_nothing_is_in_the_way(self) -> None:
+        """Raises OutputError: others have files where this kind writes its own."""
+        names = re.compile(re.escape(CLAIM) + (f"|{self.kind.files}" if self.kind.over else ""))
+        if others := [name for name in _names(self.path) if names.fullmatch(name) and not self.owns(name)]:
+            raise OutputError(_in_the_way(self.path, others))
+
+
+@contextlib.contextmanager
+def claimed(
+    folder: str | Path | OutputFolder, kind: Kind, *, of: str = "", going_on: str = "nothing is lost"
+) -> Iterator[OutputFolder]:
+    """The folder for a verb to write into, for as long as it works. One that is claimed already is taken as it is.
+
+    Args:
+        of: what the folder is about; a folder that is about something else is refused.
+        going_on: what becomes of the work if the disk is full.
+
+    Raises:
+        OutputError: it cannot be made or written, is another's, holds others' files where this kind writes its own, or another run
+            works in it; or, later, the disk fails.
+    """
+    if isinstance(folder, OutputFolder):
+        yield folder
+        return
+    path = Path(folder)
+    with disk_errors(path, going_on):
+        new = make_folder(path)
+        try:
+            out = OutputFolder(path, kind, of, {})
+            out._take()  # before anything is written
+            with locked(path):
+                out._take()  # again: a run that has just ended may have written
+                out._see_that_nothing_is_in_the_way()
+                began = not (path / CLAIM).exists()
+                out._save()
+                try:
+                    yield out
+                finally:
+                    with contextlib.suppress(OSError):  # somebody deleted it
+                        if began and not _names(path):  # nothing came of it
+                            (path / CLAIM).unlink()
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill. What is in it appears in `out` when all of it is there; nothing, if it fails.
+
+    Raises:
+        OutputError: `out` exists and is not empty, or cannot be made or written.
+    """
+    out = Path(out)
+    with disk_errors(out, "it starts from the beginning", "--out"):
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise OutputError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
+        there = not make_folder(out)
+        if not there:
+            out.rmdir()  # it was only to see whether it can be made
+        # Inside of one that is there: it may be a disk of its own, onto which nothing beside it can be moved.
+        where, prefix = (out, SCRATCH) if there else (out.parent, f".{out.name}.partial-")
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=where))
+        try:
+            scratch.chmod(0o755)
+            yield scratch
+            if there:
+                for path in list(scratch.iterdir()):
+                    path.rename(out / path.name)
+                scratch.rmdir()
+            else:
+                scratch.rename(out)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+def read_claim(folder: Path) -> dict[str, Any]:
+    """Return kind, of and files from a folder's parloop.json; empty if there is none, or it is somebody else's."""
+    claim = _read_json(folder / CLAIM)
+    return claim if claim.keys() == {"kind", "of", "files"} and isinstance(claim["files"], dict) else {}
+
+
+def make_folder(folder: Path) -> bool:
+    """Make a folder, with those above it. Returns whether it was not there.
+
+    Raises:
+        OutputError: a file is in the way, or there can be no folder.
+        OSError: it cannot be made.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            where = "is a file" if place == folder else f"cannot be made, since {str(place)!r} is a file"
+            raise OutputError(f"output {str(folder)!r} {where}: choose a folder.")
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what is above it is there, but is of a kind that holds no folders, as /proc
+        raise OutputError(f"output {str(folder)!r} cannot be made: choose another folder.") from error
+    return new
+
+
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """See that the disk of a folder that is there, or will be, has so many bytes free.
+
+    Raises:
+        OutputError: it has less.
+    """
+    if (free := _free_bytes(folder)) < needed:
+        raise OutputError(
+            f"{what} takes {needed / 1e9:.3g} GB, and the disk of {str(folder)!r} has {free / 1e9:.3g} GB free: make room, or choose a folder "
+            f"on another disk."
+        )
+
+
+def strangers(folder: Path, made: str, owns: Callable[[str], bool] = lambda name: False) -> list[str]:
+    """Names of what is in a folder and neither matches a pattern nor is owned, sorted."""
+    return [name for name in _names(folder) if not re.fullmatch(made, name) and not owns(name)]
+
+
+# One run at a time
+
+
+@contextlib.contextmanager
+def locked(folder: Path, keep: bool = False) -> Iterator[TextIO]:
+    """Keep other runs out of a folder. The lock ends with the process, however it ends, and with all that it hands the file to.
+
+    Args:
+        keep: leave the file: something that was started may live on with the lock.
+
+    Yields:
+        the file that is locked, which says whose process works; see `sign`.
+
+    Raises:
+        OutputError: another run works in it.
+    """
+    path = folder / LOCK
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            if not _lock(file):
+                file.seek(0)
+                raise OutputError(
+                    f"another run works in {str(folder)!r} ({file.read()}): wait for it, or, if its parloop is gone, end the others."
+                )
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # a run that ended just now has deleted it
+    _held.add(file)
+    try:
+        sign(file)
+        yield file
+    finally:
+        if not keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        _held.discard(file)
+        file.close()
+
+
+def sign(lock: TextIO, **others: int) -> None:
+    """Write down whose processes work."""
+    lock.truncate(0)
+    lock.write(", ".join(f"{who}: process {number}" for who, number in {"parloop": os.getpid(), **others}.items()))
+    lock.flush()
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether this process has the lock now."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{file.name} cannot be locked ({error.strerror}): see that no other run works there.", stacklevel=4)
+    return True
+
+
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    # A worker of a process that was killed may live for seconds after it; it shall not keep the lock.
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+# What disks say
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+OF_WRITING = {errno.EROFS, errno.EFBIG}
+OF_A_PLACE = {  # these may be said of what is read, too: it depends on which file it was
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
+    errno.ESTALE,
+}  # fmt: skip
+# In exceptions of libraries in Rust and C++, which are no OSError.
+CODE = re.compile(r"\((?:os )?error (\d+)\)|\[?[Ee]rrno (\d+)")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, going_on: str = "nothing is lost", option: str = "--output") -> Iterator[None]:
+    """Turn errors of a disk into sentences that say what can be done.
+
+    Args:
+        folder: what is written into.
+        going_on: what becomes of the work when the command is run again.
+        option: that names the folder.
+
+    Raises:
+        OutputError: the disk is full or read-only, something is in the way, or access is denied.
+    """
+    try:
+        yield
+    except (ParloopError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # one of torch's, of saving, is no Exception
+        number, place = _code_of(error)
+        if number is None and "inline_container" in str(error):  # torch's zip files, whose writer tells no reason
+            number, place = errno.ENOSPC if _free_bytes(folder) < 2**26 else errno.EIO, folder
+        ours = place is None or place.name in (CLAIM, LOCK) or ".partial" in place.name
+        where = repr(str(folder if ours else place))
+        if number in FULL:
+            raise OutputError(
+                f"the disk of {folder} is full: make room, and run the same command again; {going_on}."
+            ) from error
+        if number in OF_WRITING or (number in OF_A_PLACE and place is not None and _is_of(place, folder)):
+            raise OutputError(
+                f"{where} cannot be written ({os.strerror(number or 0)}): choose another {option}, or see to it that this one can be written."
+            ) from error
+        raise
+
+
+def _code_of(error: BaseException) -> tuple[int | None, Path | None]:
+    """The number of an operating system's error, and the file that it was about. That of a full or read-only disk is also looked for in
+    what led to the exception, and in the texts of exceptions of libraries."""
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        found = CODE.search(str(cause))
+        numbers = [cause.errno] if isinstance(cause, OSError) else [int(found[1] or found[2])] if found else []
+        numbers += [number for number in FULL | OF_WRITING if os.strerror(number) in str(cause)]
+        for number in numbers:
+            if number in FULL | OF_WRITING:
+                return number, _place_of(cause)
+        cause = cause.__cause__ or cause.__context__
+    return (error.errno, _place_of(error)) if isinstance(error, OSError) else (None, None)
+
+
+def _place_of(error: BaseException) -> Path | None:
+    names = [getattr(error, field, None) for field in ("filename2", "filename")]
+    named = [name for name in names if isinstance(name, (str, bytes, os.PathLike))]
+    return Path(os.fsdecode(named[0])) if named else None
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder that is there, or will be."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _is_of(place: Path, folder: Path) -> bool:
+    """Whether a path is in a folder, or in the scratch folder beside it, or leads to it."""
+    place, folder = Path(os.path.abspath(place)), Path(os.path.abspath(folder))
+    beside = any(part.startswith(f".{folder.name}.partial-") for part in place.parts)
+    return beside or place.is_relative_to(folder) or folder.is_relative_to(place)
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, without what this module keeps there, sorted."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if not (path.name in (LOCK, f"{CLAIM}.partial") or path.name.startswith(SCRATCH))
+        and not (path.name == CLAIM and read_claim(folder))
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object; empty if the file is not there or holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it; nothing, if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _in_the_way(folder: Path, names: list[str]) -> str:
+    return (
+        f"output {str(folder)!r} holds {_some(names)}, which parloop did not write, or which was changed since, and would write over: move "
+        f"{'it' if len(names) == 1 else 'them'} away, or choose another folder."
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

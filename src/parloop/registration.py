@@ -1,0 +1,155 @@
+"""What `import parloop` tells other libraries, when they are imported: transformers and mlx-lm learn the model.
+
+Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX need none of them. So
+the registrations wait until the module that they change is imported, by whomever; if it is there already, they are made at once.
+"""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+OLDEST = (5, 23)  # the first transformers that the model works with
+
+
+@cache
+def too_old() -> str | None:
+    """Why the model cannot be used here; None if it can. vLLM pins an older transformers; its plugin needs the configuration only."""
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:  # as beside MLX
+        return 'The model needs transformers, which is not installed: pip install "transformers>=5.23".'
+    if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split(".")[:2]) >= OLDEST:
+        return None
+    return (
+        f"The model needs transformers >= 5.23, and {found} is installed, as vLLM asks for. Keep an environment "
+        f"for vLLM, which serves PLT checkpoints, and another one to train, generate and diagnose: "
+        f'pip install parloop "transformers>=5.23".'
+    )
+
+
+def _register_configuration() -> None:
+    from transformers import AutoConfig
+
+    from .model.configuration import PLTConfig
+
+    AutoConfig.register(PLTConfig.model_type, PLTConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    ours = sys.modules.get("parloop.model.modeling")
+    if too_old() or (
+        ours is not None and not hasattr(ours, "PLTForCausalLM")
+    ):  # it is being imported: called again after that
+        return
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+    from transformers.models.auto import modeling_auto
+
+    from .model.configuration import GATE, GATE_ALIASES, PLTConfig
+    from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
+
+    modeling_auto.AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
+    modeling_auto.AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
+    modeling_auto.AutoModelForSequenceClassification.register(PLTConfig, PLTForSequenceClassification, exist_ok=True)
+    modeling_auto.AutoModelForTokenClassification.register(PLTConfig, PLTForTokenClassification, exist_ok=True)
+    # Some checkpoints call the gate by another name. They are saved again under the name they were read with.
+    register_checkpoint_conversion_mapping(
+        PLTConfig.model_type,
+        [WeightRenaming(rf"self_attn\.{alias}\.", f"self_attn.{GATE}.") for alias in GATE_ALIASES],
+        overwrite=True,
+    )
+
+
+def _register_imported_models() -> None:
+    if "transformers.models.auto.modeling_auto" in sys.modules:
+        _register_models()
+
+
+def _register_with_mlx_lm() -> None:
+    from .export.mlx import register
+
+    register()
+
+
+def _register_adapters() -> None:
+    """PEFT looks up by the model's type which layers a method changes if it is not told, and what cache a learnt prefix is."""
+    from peft.utils import constants
+
+    from .model.configuration import PLTConfig
+
+    for targets in vars(constants).values():
+        if isinstance(targets, dict) and "llama" in targets:  # a PLT has Llama's layers
+            targets.setdefault(PLTConfig.model_type, targets["llama"])
+    caches: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    caches[PLTConfig.model_type] = _prefix_cache
+
+
+def _prefix_cache(keys_and_values: Any) -> Any:
+    from .model.cache import PrefixCache
+
+    return PrefixCache(keys_and_values)
+
+
+AFTER: dict[str, Callable[[], None]] = {
+    "mlx_lm": _register_with_mlx_lm,
+    "parloop.model.modeling": _register_imported_models,
+    "peft.utils.constants": _register_adapters,
+    "transformers.models.auto.configuration_auto": _register_configuration,
+    "transformers.models.auto.modeling_auto": _register_models,
+}
+
+
+QUIET = ("torchao",)  # without a GPU it warns of every GPU library that it could not load, whoever imports it
+
+
+class _OnImport(MetaPathFinder):
+    """Runs a function after a module was imported for the first time, and lets others be imported without warnings."""
+
+    def __init__(self, after: dict[str, Callable[[], None]], quiet: tuple[str, ...]):
+        self.after, self.quiet = after, quiet
+        self.asked: set[str] = set()  # names that the other finders are asked for
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name in self.asked or (name not in self.after and name not in self.quiet):
+            return None
+        self.asked.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asked.discard(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: Any) -> None:
+            with _without_warnings() if name in self.quiet else nullcontext():
+                execute(module)
+            self.after.pop(name, lambda: None)()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def register() -> None:
+    """Make all registrations, now or when their time comes. Called by `import parloop`."""
+    later = dict(AFTER)
+    for name in AFTER:
+        if name in sys.modules:
+            later.pop(name)()
+    sys.meta_path.insert(0, _OnImport(later, QUIET))
