@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from parloop.corpus import CorpusSettings, train_tokenizer
 from parloop.corpus.packing import collate
 from parloop.corpus.samples import samples_of
-from parloop.corpus.tasks import HELD_OUT, TASKS, TRAIN, Encoder, is_task, rows, task_of
+from parloop.corpus.tasks import HELD_OUT, TASKS, TRAIN, Encoder, TaskRows, is_task, task_of
 from parloop.corpus.tasks.encode import IGNORED
 from parloop.corpus.tasks.interpreter import ProgramError, run_program
 from parloop.corpus.tasks.programs import LEVELS, MAX_ASSIGNED, draw_program, measures, symbols_of
@@ -508,41 +508,54 @@ def test_a_tokenizer_that_does_not_know_a_symbol_is_refused():
 # Rows
 
 
-def test_rows_hold_whole_documents_and_go_on_anywhere(task):
-    length = 256
-    tokenizer = task.tokenizer()
-    encode = Encoder(task, tokenizer)
-    there = list(itertools.islice(rows(task, tokenizer, length), 6))
-    number = 0
-    for row in there:
+def documents_in(row) -> list[tuple[int, int]]:
+    """Where pieces of a row begin and end, padding included."""
+    starts = np.flatnonzero(row["position_ids"] == 0)
+    return list(zip(starts, [*starts[1:], len(row["position_ids"])]))
+
+
+def test_rows_hold_whole_documents_and_padding(task):
+    length, tokenizer = 192, task.tokenizer()
+    encode, there = Encoder(task, tokenizer), TaskRows(task, tokenizer, length, 4, seed=3)
+    assert len(there) == 4
+    for i, row in enumerate(there):
         assert row["input_ids"].shape == row["labels"].shape == row["position_ids"].shape == (length,)
-        starts = np.flatnonzero(row["position_ids"] == 0)
-        documents = row["next"] - number
-        assert len(starts) - documents in (0, 1)
-        assert documents >= 1
-        for start in starts[:documents]:
-            document = encode(task.document(number))
-            end = start + len(document.input_ids)
-            assert np.array_equal(row["input_ids"][start:end], document.input_ids)
-            assert np.array_equal(row["labels"][start:end], document.labels)
-            assert np.array_equal(row["position_ids"][start:end], np.arange(end - start))
-            number += 1
-        if len(starts) > documents:
-            assert set(row["input_ids"][end:]) == {0}
-            assert set(row["labels"][end:]) == {IGNORED}
-    for k in (1, 4):
-        again = next(rows(task, tokenizer, length, first=there[k - 1]["next"]))
-        assert all(np.array_equal(again[name], there[k][name]) for name in again)
+        pieces = documents_in(row)
+        padded = row["input_ids"][pieces[-1][0]] == 0
+        whole = pieces[: len(pieces) - padded]
+        assert whole
+        for k, (begin, end) in enumerate(whole):
+            document = encode(task.document(i * length + k, seed=3))
+            assert np.array_equal(row["input_ids"][begin:end], document.input_ids)
+            assert np.array_equal(row["labels"][begin:end], document.labels)
+            assert np.array_equal(row["position_ids"][begin:end], np.arange(end - begin))
+        if padded:
+            begin, end = pieces[-1]
+            assert set(row["input_ids"][begin:end]) == {0}
+            assert set(row["labels"][begin:end]) == {IGNORED}
+            assert end - begin < len(encode(task.document(i * length + len(whole), seed=3)).input_ids)
 
 
-def test_a_document_longer_than_a_row_is_refused():
-    with pytest.raises(SourceError, match="34 tokens, and a row length=33"):
-        next(rows(task_of("task:parity"), task_of("task:parity").tokenizer(), 33))
+def test_rows_share_no_document_and_do_not_depend_on_what_was_asked_before(task):
+    there = TaskRows(task, task.tokenizer(), 192, 50)
+    last = there[49]
+    found = [row["input_ids"][begin:end].tobytes() for row in map(there.__getitem__, range(50)) for begin, end in documents_in(row)
+             if row["input_ids"][begin]]  # fmt: skip
+    assert len(set(found)) == len(found) > 50
+    again = TaskRows(task, task.tokenizer(), 192, 50)[49]
+    assert all(np.array_equal(again[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize(("source", "length", "tokens"), [("task:parity", 33, 34), ("task:run", 120, None)])
+def test_a_document_longer_than_a_row_is_refused_before_training_begins(source, length, tokens):
+    task = task_of(source)
+    with pytest.raises(SourceError, match=f"has {tokens or '1[0-9][0-9]'} tokens, and a row length={length}: raise length"):
+        TaskRows(task, task.tokenizer(), length, 10)
 
 
 def test_labels_of_rows_reach_the_batch():
     task = task_of("task:hops")
-    row = next(rows(task, task.tokenizer(), 64))
+    row = TaskRows(task, task.tokenizer(), 64, 1)[0]
     batch = collate([row, row])
     assert batch["labels"].tolist() == [row["labels"].tolist()] * 2
 

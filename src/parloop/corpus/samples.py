@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import SourceError
 from . import sources
 from .corpus import CorpusSettings, is_validation
 from .tasks import HELD_OUT, Encoder, Task, is_task, task_of
+from .tasks.encode import IGNORED
 from .tokenizer import text_ids
 
 MIN_TOKENS = 16  # a shorter rest of a document is no sample
@@ -25,10 +27,12 @@ Document = tuple[str, str]  # name and text
 
 @dataclass
 class Sample:
-    """One row: `ids`, with <bos> where the document begins, and `name`, which tokens of which document they are."""
+    """One row: `ids`, with <bos> where the document begins, and `name`, which tokens of which document they are; of a task `labels`, what
+    must be said at the token before, and -100 where nothing is asked."""
 
     name: str
     ids: list[int]
+    labels: list[int] | None = None
 
 
 def documents_of(settings: CorpusSettings, samples: int, held_out: bool) -> Iterator[Document]:
@@ -117,9 +121,17 @@ def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: i
 
 def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Sample]:
     """The beginnings of held-out documents."""
-    encode = Encoder(task, tokenizer)
-    rows = [encode(task.document(number, HELD_OUT)).input_ids[:-1][:length].tolist() for number in range(samples)]
-    return [Sample(f"{task.source} {number} [0:{len(ids)}]", ids) for number, ids in enumerate(rows)]
+    encode, rows = Encoder(task, tokenizer), []
+    for number in range(samples):
+        document = encode(task.document(number, HELD_OUT))
+        ids, labels = document.input_ids[:length].tolist(), document.labels[:length].tolist()
+        if all(label == IGNORED for label in labels):
+            first = int(np.flatnonzero(document.labels != IGNORED)[0]) + 1
+            raise SourceError(
+                f"{task.source!r} asks nothing in the first length={length} tokens of a document: use at least {first}."
+            )
+        rows.append(Sample(f"{task.source} {number} [0:{len(ids)}]", ids, labels))
+    return rows
 
 
 def _digest(text: str) -> bytes:
@@ -127,7 +139,7 @@ def _digest(text: str) -> bytes:
 
 
 def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Rows in batches of input_ids and attention_mask [B, T], padded on the right; rows of similar length together, so the
+    """Rows in batches of input_ids and attention_mask [B, T], and labels if they have some, padded on the right; rows of similar length together, so the
     order changes."""
     batches = []
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -136,4 +148,7 @@ def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         batches.append({"input_ids": padded, "attention_mask": real})
+        labels = [torch.tensor(row.labels) for row in ordered[start : start + batch_size] if row.labels is not None]
+        if labels:
+            batches[-1]["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     return batches

@@ -28,16 +28,18 @@ from transformers.trainer_callback import TrainerState
 
 from ..corpus import Corpus, Mixture, Part, StreamLoader, collate, load_corpus, pack, train_tokenizer
 from ..corpus.stream import places_in, what_was_read
+from ..corpus.tasks import HELD_OUT, TaskRows, digest_of, is_task, task_of
 from ..corpus.tokenizer import document_ids
 from ..errors import OutputError, RecipeError
 from ..folder import Kind, OutputFolder, check_room, claimed, delete, disk_errors
-from ..generate import load_config, load_part, local_folder
+from ..generate import load_config, load_model, load_part, local_folder
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
 from .checkpoint import STATE, checkpoints_of, last_whole_checkpoint, load_base, load_weights, save_model, step_of
 from .recipe import ChatRecipe, Recipe, RunSettings
 from .sharding import agreed, empty_model, fill, first_process_first, start_processes
+from .task_accuracy import task_accuracy
 from .trainer import (
     BarCallback,
     Clock,
@@ -150,7 +152,8 @@ def train(
         fresh: delete what is in the folder and start over.
 
     Returns:
-        what training.json holds: steps, tokens, seconds, tokens per second, the loss curve; of a mixture, what was read of each source.
+        what training.json holds: steps, tokens, seconds, tokens per second, the loss curve; of a mixture, what was read of each source; of a
+        task, the answers to held-out questions.
 
     Raises:
         RecipeError: the folder holds a run of another recipe or on other text, or what is read; there is no such device; the corpus
@@ -216,6 +219,9 @@ def _train(
     if data.stream is not None:
         data.stream.save(output)
         state.wait_for_everyone()
+    if main and is_task(recipe.source):
+        saved = load_model(output, recipe.device)
+        result["answers"] = task_accuracy(saved, task_of(recipe.source), tokenizer=data.tokenizer).summary()
     if main:
         if data.stream is not None:
             result["data"] = what_was_read(output)
@@ -300,6 +306,9 @@ class _Data:
         if recipe.mixture:
             self._open_mixture(settings, output, out, state, console)
             return
+        if is_task(recipe.source):
+            self._open_task(settings, output)
+            return
         if corpus is None:
             with first_process_first(state):
                 corpus = load_corpus(settings.corpus_settings(), console=console)
@@ -308,6 +317,16 @@ class _Data:
         self.tokenizer, self.digest = corpus.tokenizer, corpus.summary["digest"]
         self.rows = whole_batches(corpus, recipe)
         self.validation = validation_rows(corpus.validation["text"], corpus.tokenizer, recipe) if recipe.eval_every else None
+
+    def _open_task(self, recipe: Recipe, output: Path) -> None:
+        task = task_of(recipe.source)
+        self.stream, self.digest = None, digest_of(task)
+        _same_text({"source": recipe.source, "digest": self.digest}, output)
+        self.tokenizer = task.tokenizer() if recipe.tokenizer is None else _given_tokenizer(recipe.tokenizer)
+        self.rows = TaskRows(task, self.tokenizer, recipe.length, recipe.steps * recipe.batch_size, seed=recipe.seed)
+        self.validation = None
+        if recipe.eval_every:
+            self.validation = TaskRows(task, self.tokenizer, recipe.length * task.longer, recipe.eval_rows, HELD_OUT)
 
     def _open_mixture(
         self, recipe: Recipe, output: Path, out: OutputFolder | None, state: PartialState, console: Console
@@ -331,11 +350,7 @@ class _Data:
         if _has_begun(out.path):
             return
         if recipe.tokenizer is not None:
-            tokenizer = load_part(AutoTokenizer, recipe.tokenizer, "tokenizer (tokenizer.json)")
-            if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-                raise RecipeError(
-                    f"tokenizer {recipe.tokenizer!r} has no bos_token or no eos_token; both mark document borders."
-                )
+            tokenizer = _given_tokenizer(recipe.tokenizer)
         else:
             tokenizer = train_tokenizer(mixture.sample_texts(recipe.max_bytes or TOKENIZER_BYTES), recipe.vocab_size)
         save_tokenizer(tokenizer, out)
@@ -349,6 +364,13 @@ class _Data:
             shutil.rmtree(out.path / "validation", ignore_errors=True)
             disable_progress_bars()
             rows.save_to_disk(str(out.path / "validation"))
+
+
+def _given_tokenizer(name: str) -> Any:
+    tokenizer = load_part(AutoTokenizer, name, "tokenizer (tokenizer.json)")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise RecipeError(f"tokenizer {name!r} has no bos_token or no eos_token; both mark document borders.")
+    return tokenizer
 
 
 def mixture_of(recipe: Recipe) -> Mixture:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..corpus.tasks import HELD_OUT, Encoded, Encoder, Task
 from ..errors import SourceError
+from ..statistics import bootstrap_mean
 
 ROW_TOKENS = 8192  # tokens of a batch; the longest row counts
 
@@ -35,6 +36,18 @@ class TaskAccuracy:
     exact: np.ndarray
     nll: np.ndarray
     written: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """Means over instances with their intervals, group by group, as JSON holds them."""
+        rows = []
+        for i, (group, chance) in enumerate(zip(self.groups, self.chance)):
+            values = {name: getattr(self, name)[:, i] for name in ("correct", "exact", "nll", "written")}
+            rows.append({"group": group, "chance": chance} | {name: _interval(of) for name, of in values.items()})
+        return {"source": self.source, "unit": self.unit, "instances": len(self.correct), "groups": rows}
+
+
+def _interval(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(x) else x for x in bootstrap_mean(values.astype(float)).as_list()]
 
 
 @torch.no_grad()
@@ -113,6 +126,12 @@ def _check(model: Any, task: Task, asked: list[tuple[int, int | None, Encoded]])
         raise SourceError(
             f"{task.source!r} has tokens up to {largest}, and the model's embedding {rows} rows: give the model's own tokenizer, or a model "
             f"that was trained on the task."
+        )
+    longest, positions = max(len(document.input_ids) for _, _, document in asked), model.config.max_position_embeddings
+    if longest > positions:
+        raise SourceError(
+            f"a held-out document of {task.source!r} has {longest} tokens, and the model is made for {positions} "
+            f"(max_position_embeddings): make the task smaller, or train with max_position_embeddings of as many."
         )
 
 

@@ -1,7 +1,7 @@
 """Tasks on which depth shows: sources made on the fly, named `task:NAME` with options behind commas, as in `task:s5,form=all,length=8`."""
 
 from ...errors import SourceError
-from .encode import Encoded, Encoder, rows
+from .encode import Encoded, Encoder, TaskRows, digest_of
 from .hops import Hops
 from .programs import Run
 from .state import S5, Parity
@@ -9,7 +9,20 @@ from .task import HELD_OUT, PREFIX, TRAIN, Document, Task, parse_options
 
 TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Parity, S5, Hops, Run)}
 
-__all__ = ["HELD_OUT", "PREFIX", "TASKS", "TRAIN", "Document", "Encoded", "Encoder", "Task", "is_task", "rows", "task_of"]
+__all__ = [
+    "HELD_OUT",
+    "PREFIX",
+    "TASKS",
+    "TRAIN",
+    "Document",
+    "Encoded",
+    "Encoder",
+    "Task",
+    "TaskRows",
+    "digest_of",
+    "is_task",
+    "task_of",
+]
 
 
 def is_task(source: str) -> bool:

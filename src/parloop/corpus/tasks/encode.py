@@ -4,16 +4,18 @@ Labels stand where transformers' models want them: the label of a token is predi
 symbol is the label of the next place, also where the next symbol is another one.
 """
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from ...errors import SourceError
-from .task import EOS_ID, NO_TARGET, SPECIAL, TRAIN, Document, Task
+from .task import EOS_ID, HELD_OUT, NO_TARGET, SPECIAL, TRAIN, Document, Task
 
 IGNORED = -100  # the label of tokens that nothing is asked at
+TRIED = 64  # documents that must fit into a row before training begins
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Encoder:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         except (
             Exception
-        ) as error:  # of tokenizers, which has no kinds: a tokenizer of whole words without one for unknown words
+        ) as error:  # tokenizers has no kinds of errors; this is one of whole words, without one for unknown words
             raise self._error(f"does not know a symbol of it ({error})") from error
         begins, stops = (np.array(offsets) for offsets in zip(*encoded["offset_mapping"]))
         symbol_ends = np.array([start + len(symbol) for start, symbol in zip(starts, symbols)])
@@ -114,39 +116,62 @@ class Encoder:
         )
 
 
-def rows(
-    task: Task, tokenizer: Any, length: int, split: str = TRAIN, seed: int = 0, first: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Rows of `length` tokens without end, each of whole documents one after another, from document `first` on.
+def digest_of(task: Task) -> str:
+    """What identifies a task's documents: a hash of its options and of the first of them, which a change of how they are made shows in."""
+    texts = [task.text(task.document(number, split)) for split in (TRAIN, HELD_OUT) for number in range(4)]
+    return hashlib.sha256("\n".join([task.source, *texts]).encode()).hexdigest()
 
-    Yields:
-        input_ids, labels, position_ids (from 0 in every document), int32 [length]; and `next`, the number of the document that the next
-        row begins with. What a row has left over is padding that is never a label.
+
+class TaskRows(Dataset):
+    """Rows of `length` tokens, each of whole documents one after another: input_ids, labels and position_ids (from 0 in every
+    document), int32 [length]. Row i is the same whenever it is asked for, and no document is in two rows. What a row has left over is
+    padding that is never a label.
+
+    Args:
+        count: rows there are.
+        seed: of the documents.
 
     Raises:
         SourceError: a document is longer than a row; the tokenizer cannot spell the task.
     """
-    encode = Encoder(task, tokenizer)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    while True:
+
+    def __init__(self, task: Task, tokenizer: Any, length: int, count: int, split: str = TRAIN, seed: int = 0):
+        self.encode = Encoder(task, tokenizer)
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.length, self.count, self.split, self.seed = length, count, split, seed
+        for number in range(TRIED):
+            self._fitting(self._document(number))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
         row = {
-            "input_ids": np.full(length, pad, dtype=np.int32),
-            "labels": np.full(length, IGNORED, dtype=np.int32),
-            "position_ids": np.zeros(length, dtype=np.int32),
+            "input_ids": np.full(self.length, self.pad, dtype=np.int32),
+            "labels": np.full(self.length, IGNORED, dtype=np.int32),
+            "position_ids": np.zeros(self.length, dtype=np.int32),
         }
         at = 0
-        while True:
-            document = encode(task.document(first, split, seed))
+        for number in range(i * self.length, (i + 1) * self.length):  # a row has fewer documents than tokens
+            document = self._fitting(self._document(number)) if not at else self._document(number)
             end = at + len(document.input_ids)
-            if end > length:
+            if end > self.length:
                 break
             row["input_ids"][at:end], row["labels"][at:end] = document.input_ids, document.labels
             row["position_ids"][at:end] = np.arange(end - at)
-            at, first = end, first + 1
-        if not at:
+            at = end
+        row["position_ids"][at:] = np.arange(self.length - at)
+        return row
+
+    def _document(self, number: int) -> Encoded:
+        return self.encode(self.encode.task.document(number, self.split, self.seed))
+
+    def _fitting(self, document: Encoded) -> Encoded:
+        if len(document.input_ids) > self.length:
             raise SourceError(
-                f"document {first} of {task.source!r} has {len(document.input_ids)} tokens, and a row length={length}: raise length, or make "
-                f"the task smaller."
+                f"a document of {self.encode.task.source!r} has {len(document.input_ids)} tokens, and a row length={self.length}: raise "
+                f"length, or make the task smaller."
             )
-        row["position_ids"][at:] = np.arange(length - at)
-        yield {**row, "next": first}
+        return document

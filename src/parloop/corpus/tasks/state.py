@@ -34,6 +34,7 @@ class RunningTask(Task):
     one of a quarter, a half, three quarters, 1, 2, 4 and 8 times the trained length."""
 
     unit: ClassVar[str] = "length"
+    longer: ClassVar[int] = LONGER
     length: int
 
     @property

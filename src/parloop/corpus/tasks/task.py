@@ -68,6 +68,7 @@ class Task(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]  # what groups are numbers of
     pattern: ClassVar[str] = r"\S+"  # of one symbol in a text
+    longer: ClassVar[int] = 1  # times the length of training documents that held-out ones have
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
