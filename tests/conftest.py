@@ -1,68 +1,19 @@
-"""Tiny models with random gates: a gate of zero hides half of what can go wrong."""
-
-import sys
+"""Every test begins with the same random numbers and one thread."""
 
 import pytest
 import torch
 
-from parloop import PLTConfig, PLTForCausalLM
-
 collect_ignore = ["mlx", "vllm"]  # they need environments of their own: make test-mlx, make test-vllm
-sys.modules["vllm"] = None  # type: ignore[assignment]  # TRL looks for a package of this name, and would take that folder for it
-
-VOCABULARY = 61
-
-
-def tiny_config(**changes) -> PLTConfig:
-    fields = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "plt_num_loops": 2,
-        "plt_window_size": [4, 0],
-        "plt_emb_scale": 0.707,
-        "plt_hidden_scale": 0.3,
-        "plt_gate_use_hidden_states": True,
-    }
-    return PLTConfig(**(fields | changes))
-
-
-def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights large enough, and norms and gates far enough from their neutral values, that every mechanism shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "norm" in name:
-                value = 1 + 0.2 * noise
-            elif "plt_gate.bias" in name or "embed" in name:
-                value = 0.5 * noise
-            else:
-                value = noise * parameter.shape[-1] ** -0.5
-            parameter.copy_(value)
-
-
-def tiny_model(seed: int = 0, dtype=torch.float64, attn: str = "sdpa", **changes) -> PLTForCausalLM:
-    model = PLTForCausalLM(tiny_config(**changes))
-    randomize(model, seed)
-    model = model.to(dtype).eval()
-    model.set_attn_implementation(attn)
-    return model
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of tiny models, a second thread costs more than it gives
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from rich.console import Console
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -22,6 +21,7 @@ from parloop.errors import BenchError, CheckpointError, OutputError
 from parloop.report.figures import bench_figure, save_png
 from parloop.report.page import write_bench_figure
 from parloop.report.terminal import bench_legend, bench_tables
+from tests.helpers.models import tiny_config, tiny_model
 
 QUIET = Console(quiet=True)
 TINY = {

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
 from parloop.generate import load_model, stream
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a user can put right. The messages name the value and the remedy; the command line prints them without a traceback."""
+"""Errors that a user can put right. The messages name the value and the remedy; the command line prints them without a traceback."""
 
 
 class ParloopError(Exception):

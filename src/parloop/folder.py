@@ -57,7 +57,7 @@ class Kind:
 
 
 def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
-    """Whether a folder has a JSON file with these fields."""
+    """Check whether a folder has a JSON file with these fields."""
 
     def known(folder: Path) -> bool:
         return set(fields) <= _read_json(folder / file).keys()
@@ -66,7 +66,7 @@ def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
 
 
 def _is_study(folder: Path) -> bool:
-    """Whether a folder has a study's results, or runs of one that was interrupted before there were any."""
+    """Check for a study's results, or for runs of one that was interrupted before there were any."""
     runs = all(re.fullmatch(STUDY.made, name) and (folder / name / "recipe.yaml").is_file() for name in _names(folder))
     return runs or _holds("results.json", "rows", "verdict")(folder)
 
@@ -138,7 +138,7 @@ class OutputFolder:
                     written.replace(path)
 
     def owns(self, name: str) -> bool:
-        """Whether a file is there as it was written."""
+        """Check whether a file is there as it was written."""
         path = self.path / name
         return path.is_file() and not path.is_symlink() and _hash(path) in self.hashes.get(name, [])
 
@@ -367,7 +367,7 @@ def sign(lock: TextIO, **others: int) -> None:
 
 
 def _lock(file: TextIO) -> bool:
-    """Whether this process has the lock now."""
+    """Try to take the lock. Returns whether this process has it now."""
     if fcntl is None:
         return True
     try:
@@ -470,14 +470,14 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _is_of(place: Path, folder: Path) -> bool:
-    """Whether a path is in a folder, or in the scratch folder beside it, or leads to it."""
+    """Check whether a path is in a folder, or in the scratch folder beside it, or leads to it."""
     place, folder = Path(os.path.abspath(place)), Path(os.path.abspath(folder))
     beside = any(part.startswith(f".{folder.name}.partial-") for part in place.parts)
     return beside or place.is_relative_to(folder) or folder.is_relative_to(place)
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in a folder, without what this module keeps there, sorted."""
+    """List a folder, sorted, without this module's own files."""
     return sorted(
         path.name
         for path in folder.iterdir()

@@ -1,4 +1,4 @@
-"""What every measurement writes down beside its numbers, and how it is written."""
+"""The environment and command line that every measurement writes beside its numbers."""
 
 import json
 import os

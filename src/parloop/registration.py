@@ -1,4 +1,4 @@
-"""What `import parloop` tells other libraries, when they are imported: transformers and mlx-lm learn the model.
+"""Registrations that `import parloop` makes with other libraries once they are imported: transformers, PEFT and mlx-lm learn the model.
 
 Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX need none of them. So
 the registrations wait until the module that they change is imported, by whomever; if it is there already, they are made at once.
@@ -52,7 +52,13 @@ def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
     from .model.configuration import GATE, GATE_ALIASES, PLTConfig
-    from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
+
+    try:
+        from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
+    except ImportError:
+        if any(getattr(sys.modules[name].__spec__, "_initializing", False) for name in NEEDED if name in sys.modules):
+            return  # a module on its way in imported the auto classes, and the model needs it: called again when it is there
+        raise
 
     modeling_auto.AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
     modeling_auto.AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
@@ -96,7 +102,14 @@ def _prefix_cache(keys_and_values: Any) -> Any:
     return PrefixCache(keys_and_values)
 
 
+# Modules that the model is made of, and that import the auto classes on their way in.
+NEEDED = (
+    "transformers.modeling_layers",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.llama.modeling_llama",
+)
 AFTER: dict[str, Callable[[], None]] = {
+    **dict.fromkeys(NEEDED, _register_imported_models),
     "mlx_lm": _register_with_mlx_lm,
     "parloop.model.modeling": _register_imported_models,
     "peft.utils.constants": _register_adapters,

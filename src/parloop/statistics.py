@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass
 class Resamples:
-    """How often each seed and each document counts in each resample: [resamples, seeds] and [resamples, documents]. A document
+    """Counts of each seed and each document in each resample: [resamples, seeds] and [resamples, documents]. A document
     of a seed counts as often as the product says, which is never laid out: it would take gigabytes."""
 
     by_seed: np.ndarray
@@ -34,7 +34,7 @@ class Resamples:
         return Resamples(self.by_seed[some], self.by_document[some])
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Of values [seeds, documents], weighted: [resamples]."""
+        """Sum `values` [seeds, documents] with a resample's counts as weights. Returns [resamples]."""
         by_seed = [self.by_document[i : i + CHUNK].astype(float) @ values.T for i in range(0, len(self.by_document), CHUNK)]
         return (self.by_seed * np.concatenate(by_seed)).sum(1)
 
@@ -75,12 +75,20 @@ def _resamples_of(n: int) -> np.ndarray:
 
 
 def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """Of nll [seeds, documents] in nats over byte_counts [documents]."""
+    """Bits per byte of nll [seeds, documents] in nats over byte_counts [documents].
+
+    Returns:
+        The value over all seeds and documents, and the 95% interval of its resamples.
+    """
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
 
 def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """nll minus other, in bits per byte, on the same documents and seeds."""
+    """nll minus other, both [seeds, documents] in nats on the same documents and seeds, in bits per byte.
+
+    Returns:
+        The difference, and the 95% interval of its resamples: below 0, nll is the better one.
+    """
     return bits_per_byte(nll - other, byte_counts, weights)
 
 

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from oracle import FAULTS, greedy
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.oracle import FAULTS, greedy
 
 PROBE = Path(__file__).parents[2] / "src/parloop/check/probe"
 SEED = 3

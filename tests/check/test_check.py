@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from oracle import FAULTS, greedy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +18,7 @@ from parloop import cli
 from parloop.check import Answer, check, check_checkpoint, check_endpoint, write_probe
 from parloop.check.check import MEANING, PROBE
 from parloop.errors import ParloopError, PortCheckError
+from tests.helpers.oracle import FAULTS, greedy
 
 CONFIG = json.loads((PROBE / "config.json").read_text())
 RECORDS = json.loads((PROBE / "answers.json").read_text())
@@ -314,9 +314,8 @@ def test_records_are_what_the_equations_say():
 
 
 def test_the_oracle_without_faults_is_the_reference():
-    from oracle import wrong_logits
-
     from parloop.model.reference import reference_forward
+    from tests.helpers.oracle import wrong_logits
 
     ids = torch.tensor(TOKENIZER(RECORDS["again"][0]["prompt"])["input_ids"])
     torch.testing.assert_close(wrong_logits(WEIGHTS, CONFIG, ids), reference_forward(WEIGHTS, CONFIG, ids)[1][-1])

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_corpus import QUIET, settings, write_sources
 
 from parloop.corpus import cache as module
 from parloop.corpus import corpus as corpus_module
 from parloop.corpus import load_corpus
 from parloop.errors import OutputError
+from tests.helpers.sources import QUIET, settings, write_sources
 
 
 @pytest.fixture

@@ -1,19 +1,11 @@
 """Conversations: which tokens are the assistant's, for templates that say so and for those that do not; bad rows are counted."""
 
-import json
-
 import pytest
 
-from parloop.corpus import train_tokenizer
 from parloop.corpus.chat import encode, load_chat
 from parloop.errors import SourceError
+from tests.helpers.chats import CHATML, chat_tokenizer, write
 
-CHATML = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -31,13 +23,6 @@ HELLO = [
     {"role": "user", "content": "again"},
     {"role": "assistant", "content": "hello"},
 ]
-
-
-def chat_tokenizer(template=CHATML):
-    tokenizer = train_tokenizer(["def hello(x): return 'hello there, please say it again'\n"] * 9, 300)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def learnt(tokenizer, row):
@@ -96,11 +81,6 @@ def test_turns_that_the_template_writes_otherwise_later_get_rows_of_their_own():
         assert row["input_ids"][: len(prompt)] == prompt
         assert row["labels"][len(prompt)] != -100
         assert row["labels"][len(prompt) - 1] == -100
-
-
-def write(path, rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return str(path)
 
 
 def test_bad_rows_are_counted_and_the_rest_is_used(tmp_path):

@@ -1,36 +1,17 @@
 """Reading, splitting, tokenizing, packing."""
 
 import json
-import random
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from parloop.corpus import CorpusSettings, collate, load_corpus, pack, text_ids, train_tokenizer
+from parloop.corpus import collate, load_corpus, pack, text_ids, train_tokenizer
 from parloop.corpus.samples import samples_of
 from parloop.corpus.sources import read
 from parloop.errors import SourceError
-
-QUIET = Console(quiet=True)
-
-
-def write_sources(folder, n=60, seed=0):
-    """A folder of n distinct Python files of about 3 kB."""
-    rng = random.Random(seed)
-    names = ["alpha", "beta", "gamma", "delta", "epsilon"]
-    for i in range(n):
-        lines = [f"def {rng.choice(names)}_{i}_{j}(x):\n    return x + {rng.randrange(1000)}\n" for j in range(70)]
-        path = folder / f"package_{i % 3}" / f"module_{i}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines))
-    return folder
-
-
-def settings(source, **changes):
-    fields = {"source": str(source), "vocab_size": 300, "length": 32, "validation_share": 0.2}
-    return CorpusSettings(**(fields | changes))
+from tests.helpers.sources import QUIET, settings, write_sources
 
 
 def test_bad_files_are_left_out_counted_and_named(tmp_path):

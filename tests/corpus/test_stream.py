@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_corpus import write_sources
 
 from parloop.corpus import CorpusSettings, Mixture, Part, StreamLoader, train_tokenizer
 from parloop.corpus.sources import read_all
 from parloop.corpus.stream import Stream, _held_out, what_was_read
 from parloop.errors import CheckpointError, SourceError
+from tests.helpers.sources import write_sources
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(60)]
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
 
 import parloop
 from parloop.diagnosis import Diagnosis
@@ -15,6 +14,7 @@ from parloop.diagnosis import diagnosis as module
 from parloop.diagnosis.lenses import LENSES
 from parloop.errors import DiagnosisError
 from parloop.model.reference import reference_forward
+from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 
 def rotate(x, theta):

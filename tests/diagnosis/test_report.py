@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from test_corpus import write_sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +24,8 @@ from parloop.diagnosis.tokens import token_view
 from parloop.errors import OutputError, SourceError
 from parloop.report.page import labelled, write_diagnosis_report
 from parloop.train import ChatRecipe, Recipe
+from tests.helpers.models import random_ids, tiny_model
+from tests.helpers.sources import write_sources
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

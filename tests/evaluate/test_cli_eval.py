@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 
 from parloop import cli
 from parloop.errors import EvaluationError
@@ -12,6 +11,7 @@ from parloop.evaluate import run
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
 from parloop.evaluate.needs import Check
 from parloop.evaluate.results import save, settings_of
+from tests.helpers.models import tiny_config
 
 SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 from openai import BadRequestError
-from scripted import Scripted
 
 from parloop.evaluate.benchmark import read_lines
 from parloop.evaluate.benchmarks import livecodebench, multipl_e
 from parloop.evaluate.client import ask_all, code_of
+from tests.helpers.scripted import Scripted
 
 SETTINGS = {"temperature": 0.5, "top_p": 0.9, "max_tokens": None, "samples": 2, "workers": 1}
 CODE = "Here:\n```python\nprint(1)\n```\nDone."

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 
 from parloop.errors import EvaluationError
 from parloop.evaluate import agents, run
 from parloop.evaluate.benchmark import benchmarks
 from parloop.evaluate.environments import folder_of
 from parloop.evaluate.run import Request, plan
+from tests.helpers.models import tiny_config
 
 RECORDED = Path(__file__).parent / "commands"
 ENDPOINT = {"endpoint": "http://127.0.0.1:8000/v1", "model": "name@2"}

@@ -8,9 +8,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from scripted import Scripted
 
 from parloop.evaluate.meter import GIVE_UP, Meter, cost
+from tests.helpers.scripted import Scripted
 
 OK = {"text": "yes é"}
 EVENTS = [

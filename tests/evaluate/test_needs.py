@@ -9,7 +9,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 from rich.console import Console
 
 from parloop.corpus import cache
@@ -18,6 +17,7 @@ from parloop.evaluate import environments, needs, run, sandbox
 from parloop.evaluate.benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, benchmarks
 from parloop.evaluate.benchmarks import livecodebench, multipl_e
 from parloop.evaluate.meter import Meter
+from tests.helpers.models import tiny_config
 
 QUIET = Console(quiet=True)
 Usage = namedtuple("Usage", "total used free")

@@ -88,8 +88,11 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
 
 
 def test_the_same_run_goes_on(tmp_path):
-    for _ in range(2):
-        claim(tmp_path, settings_of(BENCHMARK, job(tmp_path)), MODEL)
+    claim(tmp_path, settings_of(BENCHMARK, job(tmp_path)), MODEL)
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert written
+    claim(tmp_path, settings_of(BENCHMARK, job(tmp_path)), MODEL)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
 @pytest.mark.parametrize(

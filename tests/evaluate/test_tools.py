@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
 from rich.console import Console
-from scripted import Scripted, call
-from test_fallback import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parloop.errors import EvaluationError
@@ -27,6 +24,9 @@ from parloop.evaluate.benchmark import Environment, Job, benchmarks
 from parloop.evaluate.environments import make
 from parloop.evaluate.run import Request, evaluate
 from parloop.train.evaluate import evaluate_documents
+from tests.helpers.chats import byte_tokenizer
+from tests.helpers.models import tiny_model
+from tests.helpers.scripted import Scripted, call
 
 pytestmark = pytest.mark.tools
 QUIET = Console(quiet=True)

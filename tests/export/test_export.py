@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
 
 from parloop import cli
 from parloop.check.check import PROBE
 from parloop.errors import CheckpointError, ExportError
 from parloop.export import mlx
 from parloop.export.export import export
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.gguf import gguf_config_mapping, gguf_conversion_mapping
@@ -16,6 +15,7 @@ from parloop import cli
 from parloop.errors import ExportError
 from parloop.export.export import export
 from parloop.export.gguf import NAMES
+from tests.helpers.models import tiny_model
 
 CASES = sorted(path.parent for path in (Path(__file__).parents[1] / "parity").glob("*/cases.npz"))
 TOLERANCE = 1e-4

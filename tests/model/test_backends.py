@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from test_batches import left_padded
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
 
 from parloop import make_cache
+from tests.helpers.flash import flash_contract  # noqa: F401  (registers "contract")
+from tests.helpers.models import left_padded, random_ids, tiny_model
 
 
 @pytest.mark.parametrize("R", [1, 2, 4])
@@ -19,31 +17,6 @@ def test_eager_equals_sdpa(R):
         sdpa = tiny_model(plt_num_loops=R, attn="sdpa")(ids, attention_mask=mask).logits
     for row, a, b in zip(rows, eager, sdpa):
         torch.testing.assert_close(a[-len(row) :], b[-len(row) :], atol=1e-10, rtol=0)
-
-
-def flash_contract(module, query, key, value, attention_mask, *, scaling, sliding_window=None, is_causal=None, **kwargs):
-    """What FlashAttention computes from what it is told: causal, aligned at the end, a window that counts the token
-    itself, and a 2D padding mask over the keys. In float64, so that it can be compared."""
-    groups = module.num_key_value_groups
-    assert query.shape[1] == key.shape[1] * groups
-    T, S = query.shape[2], key.shape[2]
-    assert kwargs["position_ids"].shape[-1] == T  # FlashAttention looks for packed documents in it
-    position = torch.arange(S)
-    distance = (position[None, :, None][:, -T:] if T <= S else None) - position[None, None, :]
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible = visible & (distance < sliding_window)
-    if attention_mask is not None:
-        assert attention_mask.shape == (query.shape[0], S)
-        visible = visible & attention_mask[:, None, :].bool()
-    visible = visible[:, None] | torch.eye(T, S, dtype=torch.bool).roll(S - T, 1)
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("contract", flash_contract)
-AttentionMaskInterface.register("contract", flash_attention_mask)
 
 
 @pytest.mark.parametrize("w", [0, 3, 50])

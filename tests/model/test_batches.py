@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from parloop import make_cache
+from tests.helpers.models import left_padded, random_ids, tiny_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
-
-
-def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    T = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (T - len(row), 0)) for row in rows])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (T - len(row), 0)) for row in rows])
-    return ids, mask
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

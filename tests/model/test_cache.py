@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from parloop import cache_bytes, make_cache
+from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 

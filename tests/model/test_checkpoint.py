@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
-from test_parity import CASES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import parloop
 from parloop import PLTConfig, PLTForCausalLM, PLTModel
+from tests.helpers.models import tiny_config, tiny_model
+from tests.helpers.parity import CASES
 
 BAD = [
     ({"plt_window_size": [64]}, r"plt_window_size=\[64\] must be \[w, 0\]"),
@@ -230,6 +230,13 @@ ORDERS = {  # of imports, and what is there at once
     "parloop first": "import parloop; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
     "a class of ours first": "from parloop import PLTForCausalLM; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
     "a module of ours first": "import parloop.model.modeling; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+    "the configuration that it extends first": "import parloop; from transformers import LlamaConfig, AutoConfig, AutoModel, AutoModelForCausalLM",
+    "the module that it extends first": """
+import parloop
+import transformers.modeling_layers
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+""",
     "a native class there before": """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 class Native(LlamaConfig):

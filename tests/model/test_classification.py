@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from parloop.model.modeling import PLTForSequenceClassification, PLTForTokenClassification
+from tests.helpers.models import random_ids, tiny_model
 
 KINDS = {
     "ForSequenceClassification": (AutoModelForSequenceClassification, PLTForSequenceClassification),

@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
-from test_generate import GREEDY, recomputed
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from parloop import PLTConfig, make_cache
 from parloop.model.generation import LayerExitCandidateGenerator, LoopExitCandidateGenerator
+from tests.helpers.decoding import GREEDY, recomputed
+from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 
 def snapshot(model):

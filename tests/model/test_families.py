@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parloop.model.reference import reference_forward
+from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 OPTIONS = [
     {"attention_bias": True, "mlp_bias": True},

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_config
 
 from parloop import PLTConfig, PLTForCausalLM
 from parloop.model.flops import forward_flops_per_token, training_flops_per_token
 from parloop.model.shapes import SHAPES, SHARED
+from tests.helpers.models import tiny_config
 
 
 def counted(config, T, R):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model, infer_auto_device_map
-from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from parloop import PLTForCausalLM, cache_bytes, make_cache
+from tests.helpers.models import random_ids, tiny_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 

@@ -4,21 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from test_batches import left_padded
 
 from parloop import cache_bytes, make_cache
-
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
-
-
-def recomputed(model, ids, n=12, num_loops=None):
-    """Greedy tokens without any cache."""
-    with torch.no_grad():
-        for _ in range(n):
-            logits = model(ids, use_cache=False, num_loops=num_loops).logits
-            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
-    return ids
+from tests.helpers.decoding import GREEDY, recomputed
+from tests.helpers.models import left_padded, random_ids, tiny_model
 
 
 @pytest.mark.parametrize("R", [1, 2, 3, 4])

@@ -2,32 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parloop import make_cache
 from parloop.model.reference import reference_forward
-
-EXACT = {"atol": 1e-10, "rtol": 0}
-
-
-def in_pieces(model, ids, pieces, attention_mask=None, cache=None, **kwargs):
-    """Logits of `ids` [B, T] fed in calls of `pieces` tokens."""
-    assert sum(pieces) == ids.shape[1]
-    logits, done = [], 0
-    cache = cache if cache is not None else make_cache(model.config, kwargs.get("num_loops"))
-    for n in pieces:
-        mask = None if attention_mask is None else attention_mask[:, : done + n]
-        output = model(ids[:, done : done + n], attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
-        logits.append(output.logits)
-        done += n
-    return torch.cat(logits, dim=1)
-
-
-@st.composite
-def splits(draw, longest=24):
-    return draw(st.lists(st.integers(1, 9), min_size=1, max_size=longest).filter(lambda p: sum(p) <= longest))
+from tests.helpers.decoding import EXACT, in_pieces, splits
+from tests.helpers.models import random_ids, tiny_model
 
 
 @settings(max_examples=120, deadline=None)
@@ -82,6 +63,20 @@ def test_bands_equal_the_equations(T, w):
         logits = model(ids).logits[0]
     _, reference = reference_forward(dict(model.state_dict()), model.config.to_diff_dict(), ids[0])
     torch.testing.assert_close(logits, reference[-1], **EXACT)
+
+
+@pytest.mark.parametrize(("w", "T", "pieces"), [(64, 400, [300, 1, 1, 37, 61]), (1, 90, [1, 40, 1, 1, 47])])
+@pytest.mark.parametrize("R", [2, 3])
+def test_the_released_window_and_the_shortest(w, T, pieces, R):
+    """Texts of several windows, whole and in prefill, chunks and single steps, against the equations."""
+    model = tiny_model(plt_num_loops=R, plt_window_size=[w, 0], max_position_embeddings=512)
+    ids = random_ids(1, T)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[0]
+        split = in_pieces(model, ids, pieces)[0]
+    _, reference = reference_forward(dict(model.state_dict()), model.config.to_diff_dict(), ids[0])
+    torch.testing.assert_close(whole, reference[-1], **EXACT)
+    torch.testing.assert_close(split, reference[-1], **EXACT)
 
 
 def test_window_counts_the_token_itself():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, randomize, tiny_config
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from parloop import PLTConfig, PLTForCausalLM
+from parloop import PLTForCausalLM
+from tests.helpers.models import llama_config, random_ids, randomize, tiny_config
 
 ROPE = [
     None,
@@ -20,12 +20,6 @@ ROPE = [
     },
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 ]
-
-
-def llama_config(config: PLTConfig) -> LlamaConfig:
-    fields = {name: value for name, value in config.to_dict().items() if not name.startswith("plt_")}
-    fields.pop("model_type")
-    return LlamaConfig(**fields)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batches import left_padded
-from test_generate import GREEDY, recomputed
-from test_invariance import EXACT, in_pieces, splits
-from test_tail import reference, shape, steps
 
 from parloop import PLTConfig, PLTForCausalLM, make_cache
 from parloop.model.reference import reference_forward
+from tests.helpers.decoding import EXACT, GREEDY, in_pieces, recomputed, reference, splits, steps
+from tests.helpers.models import left_padded, random_ids, shape, tiny_config, tiny_model
 
 OFFSETS = [0, 1, 2, 3]
 

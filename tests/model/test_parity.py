@@ -1,7 +1,6 @@
 """The vendor's own outputs decide."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import parloop  # noqa: F401  (registers the model)
 from parloop.model.reference import reference_forward
+from tests.helpers.parity import CASES
 
-CASES = sorted(path.parent for path in (Path(__file__).parents[1] / "parity").glob("*/cases.npz"))
 LENGTHS = (1, 5, 40, 200)
 TOLERANCE = 1e-4  # log-probability, float32
 

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import constants
@@ -15,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from parloop import make_cache, registration
 from parloop.model import reference
 from parloop.model.cache import PrefixCache
+from tests.helpers.models import random_ids, tiny_model
 
 METHODS = {
     "LORA": {},

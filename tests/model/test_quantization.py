@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from parloop import PLTForCausalLM
+from tests.helpers.models import random_ids, tiny_model
 
 
 def int8():

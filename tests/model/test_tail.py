@@ -4,25 +4,15 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backends import flash_contract  # noqa: F401  (registers "contract", FlashAttention as documented)
-from test_batches import left_padded
-from test_generate import GREEDY, recomputed
 
 from parloop import make_cache
-from parloop.model.reference import reference_forward
+from tests.helpers.decoding import GREEDY, recomputed, reference, steps
+from tests.helpers.flash import flash_contract  # noqa: F401  (registers "contract", FlashAttention as documented)
+from tests.helpers.models import left_padded, random_ids, shape, tiny_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
-
-
-def reference(model, ids):
-    return reference_forward(dict(model.state_dict()), model.config.to_diff_dict(), ids)[1][-1]
-
-
-def shape(R, w, L, **changes):
-    return {"plt_num_loops": R, "plt_window_size": [w, 0], "num_hidden_layers": L, **changes}
 
 
 def rows_by_dependency(R, w, L, T, n=1):
@@ -53,12 +43,6 @@ class Rows:
         total, one_loop = sum(self.calls), 7 * self.model.config.num_hidden_layers * T
         self.calls.clear()
         return total - one_loop
-
-
-def steps(model, ids, cache, start):
-    """Logits of the tokens from `start` on, a call per token."""
-    calls = [model(ids[:, t : t + 1], past_key_values=cache, logits_to_keep=1) for t in range(start, ids.shape[1])]
-    return torch.cat([call.logits for call in calls], dim=1)
 
 
 @pytest.mark.parametrize("L", [1, 2, 3])

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from test_llama import llama_config
 from transformers import LlamaForCausalLM
 
 from parloop.model.cache import PrefixCache
+from tests.helpers.models import llama_config, random_ids, tiny_model
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])

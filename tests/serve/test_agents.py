@@ -9,14 +9,14 @@ import json
 
 import openai
 import pytest
-import test_fallback
 import torch
-from conftest import tiny_model
-from test_fallback import Here, byte_tokenizer, script
 from transformers import AutoModelForCausalLM
 from transformers.utils.chat_parsing import ResponseParser
 
 from parloop.serve.fallback_answers import answer_template
+from tests.helpers.chats import byte_tokenizer
+from tests.helpers.models import tiny_model
+from tests.helpers.servers import Here, script, served_checkpoint
 
 TEMPLATE = """{%- if tools %}<|im_start|>system
 Tools: {{ tools | map(attribute="function") | map(attribute="name") | join(", ") }}. Call one by
@@ -65,7 +65,7 @@ def served(tmp_path_factory):
     options = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "eos_token_id": ends}
     tiny_model(dtype=torch.float32, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with Here(test_fallback.served(folder, ["coder"])) as here:
+    with Here(served_checkpoint(folder, ["coder"])) as here:
         here.folder = folder
         yield here
 

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_model
 
 from parloop.cli import app
 from parloop.errors import ServeError
 from parloop.serve import plugin, server
+from tests.helpers.models import tiny_model
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_versions_of_vllm_that_do_not_fit(version, monkeypatch, checkpoint, star
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.1.post2", "0.32.1rc1"])
 def test_versions_of_vllm_that_fit(version, monkeypatch):
     monkeypatch.setattr(plugin, "vllm_version", lambda: version)
-    plugin.check_vllm_version()
+    assert plugin.check_vllm_version() is None
 
 
 def test_vllm_asked_for_and_not_there(monkeypatch, checkpoint):

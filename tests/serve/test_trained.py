@@ -5,17 +5,16 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from test_chat import write
-from test_convert import make_source
-from test_corpus import write_sources
-from test_fallback import Running
-from test_finetune import conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parloop.convert import convert
 from parloop.train import ChatRecipe, Recipe
 from parloop.train.finetune import finetune
 from parloop.train.pretrain import train
+from tests.helpers.chats import conversations, write
+from tests.helpers.dense import make_source
+from tests.helpers.servers import Running
+from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from test_corpus import write_sources
 
 from parloop.corpus import load_corpus, sources
 from parloop.diagnosis.checkpoint import diagnose_checkpoint
@@ -28,6 +27,7 @@ from parloop.study.measure import cache_bytes_of, peak_training_bytes
 from parloop.study.study import diagnosis_of
 from parloop.train import Recipe
 from parloop.train.pretrain import train
+from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
 TINY = {

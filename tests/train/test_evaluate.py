@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
-from test_corpus import write_sources
 
 from parloop.corpus import train_tokenizer
 from parloop.train.evaluate import evaluate_documents
+from tests.helpers.models import tiny_model
+from tests.helpers.sources import write_sources
 
 
 @pytest.fixture(scope="module")

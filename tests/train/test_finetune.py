@@ -6,10 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
-from test_chat import chat_tokenizer, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -18,21 +16,10 @@ from parloop.train import ChatRecipe, load_recipe
 from parloop.train.checkpoint import export
 from parloop.train.finetune import Rows, finetune, order_of, packed
 from parloop.train.trainer import training_arguments
+from tests.helpers.chats import chat_tokenizer, conversations, recipe_of, write
+from tests.helpers.models import tiny_model
 
 QUIET = Console(quiet=True)
-WORDS = ["red", "green", "blue", "black", "white", "grey"]
-
-
-def conversations(count=120):
-    """Questions whose answers follow a rule."""
-    rows = []
-    for i in range(count):
-        word = WORDS[i % len(WORDS)]
-        messages = [{"role": "user", "content": f"{i} {word}"}, {"role": "assistant", "content": f"{word} {word}"}]
-        rows.append(
-            {"messages": messages, "tools": [{"type": "function", "function": {"name": "paint"}}] if i % 10 == 0 else None}
-        )
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +35,6 @@ def made(tmp_path_factory):
     )
     write(folder / "chat.jsonl", conversations())
     return folder
-
-
-def recipe_of(made, **changes):
-    fields = {
-        "model": str(made / "base"), "chat": str(made / "chat.jsonl"), "length": 128, "epochs": 8.0, "batch_size": 4, "learning_rate": 1e-2,
-        "log_every": 1, "eval_every": 20, "save_every": 15, "device": "cpu", "validation_share": 0.1,
-    }  # fmt: skip
-    return ChatRecipe(**(fields | changes))
 
 
 def answer(folder, question):

@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_corpus import write_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -31,6 +30,7 @@ from parloop.train.checkpoint import export, last_whole_checkpoint, load_weights
 from parloop.train.finetune import finetune
 from parloop.train.pretrain import LEFT_OVER, TRAINED_ON, build_model, bytes_to_come, train, whole_batches
 from parloop.train.trainer import drawn_loops
+from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
 

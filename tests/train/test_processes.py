@@ -15,9 +15,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_chat import write
-from test_corpus import write_sources
-from test_finetune import conversations, recipe_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parloop.errors import CheckpointError, OutputError, RecipeError
@@ -26,6 +23,8 @@ from parloop.train.checkpoint import export
 from parloop.train.finetune import finetune
 from parloop.train.pretrain import train
 from parloop.train.sharding import start_processes
+from tests.helpers.chats import conversations, recipe_of, write
+from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
 HERE = Path(__file__).parent
@@ -36,8 +35,8 @@ NOISE = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFL
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Sources, conversations, a base to fine-tune, and a cache."""
-    from conftest import tiny_model
-    from test_chat import chat_tokenizer
+    from tests.helpers.chats import chat_tokenizer
+    from tests.helpers.models import tiny_model
 
     folder = tmp_path_factory.mktemp("place")
     write_sources(folder / "sources")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from datasets import Dataset
-from test_chat import chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from parloop import PLTForCausalLM, cli
 from parloop.model.modeling import PLTForSequenceClassification
+from tests.helpers.chats import chat_tokenizer
+from tests.helpers.models import tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 trl = pytest.importorskip("trl")

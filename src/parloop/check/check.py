@@ -69,7 +69,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well expected answers explain those that were found: tokens in common from the beginning of each, of all; and the mean and
+    """Score of expected answers against those that were found: tokens in common from the beginning of each, of all; and the mean and
     largest difference of the log-probabilities of these."""
 
     matched: int
@@ -113,7 +113,7 @@ def check(complete: Callable[[str, int], Answer]) -> Verdict:
     Args:
         complete: of a prompt and a number of tokens makes an answer, greedily.
     """
-    records = json.loads((PROBE / "answers.json").read_text())
+    records = json.loads((PROBE / "answers.json").read_text(encoding="utf-8"))
     found = [complete(prompt, records["tokens"]) for prompt in records["prompts"]]
     fits = {tuple(variant["faults"]): fit(found, variant["answers"]) for variant in records["variants"]}
     if fits[()].explains:
@@ -280,9 +280,9 @@ def check_checkpoint(checkpoint: str | Path | None = None, engine: str = "auto",
     from ..evaluate.serving import serving
 
     folder = Path(checkpoint or PROBE)
-    ours = json.loads((PROBE / "config.json").read_text())
+    ours = json.loads((PROBE / "config.json").read_text(encoding="utf-8"))
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PortCheckError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     if any(config.get(name) != ours[name] for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")):

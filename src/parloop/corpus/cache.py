@@ -1,4 +1,4 @@
-"""Where corpora and the benchmarks' tools are kept: in the user's cache, or, where that cannot be written, in a temporary folder."""
+"""The cache folder of corpora and of the benchmarks' tools: the user's cache or, if that cannot be written, a temporary folder."""
 
 import os
 import tempfile
@@ -53,7 +53,7 @@ def _made(folder: Path) -> Path:
 
 
 def _temporary_cache() -> Path:
-    """The same one for all processes of a user, so that they share what is made; nobody else's."""
+    """Make or find the user's temporary cache, which all of the user's processes share and nobody else."""
     folder = Path(tempfile.gettempdir(), f"parloop-{os.getuid() if hasattr(os, 'getuid') else ''}")
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

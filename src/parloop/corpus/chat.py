@@ -268,7 +268,7 @@ def encode(tokenizer: Any, messages: list[dict], tools: list | None = None, untr
 
 
 def _header(tokenizer: Any, options: dict[str, Any]) -> str:
-    """What a template writes to ask for the assistant's turn."""
+    """Return the text that a template writes to ask for the assistant's turn."""
     asked = [{"role": "user", "content": "?"}]
     without = tokenizer.apply_chat_template(asked, **options)
     return tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options).removeprefix(without)

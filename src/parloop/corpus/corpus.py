@@ -44,7 +44,7 @@ def _extension(given: str) -> str:
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """What determines a corpus."""
+    """Settings that determine a corpus."""
 
     source: str = sources.STDLIB
     extensions: tuple[str, ...] = (".py",)
@@ -122,7 +122,7 @@ def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Co
 
 
 def is_validation(digest: bytes, share: float) -> bool:
-    """Whether the document with this hash is kept for validation. (The hash's first bytes order the documents; these are others,
+    """Decide by its hash whether a document is kept for validation. (The hash's first bytes order the documents; these are others,
     so that a limit on the bytes read takes the same share of both splits.)"""
     return int.from_bytes(digest[8:16], "big") < share * 2**64
 
@@ -222,7 +222,7 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
 
 
 def _tables(source: str) -> str:
-    """What to do about the tables in a folder, which are not read unless they are asked for."""
+    """Advise on the tables in a folder, which are not read unless they are asked for."""
     path = Path(source).expanduser()
     endings = {file.suffix for file in sources.files_of(source)} & {".jsonl", ".parquet"} if path.is_dir() else set()
     globs = " or ".join(repr(str(path / "**" / f"*{ending}")) for ending in sorted(endings))

@@ -1,4 +1,4 @@
-"""From documents to rows of T tokens: `<bos> text <eos>`, concatenated and cut every T tokens.
+"""Packing of documents into rows of T tokens: `<bos> text <eos>`, concatenated and cut every T tokens.
 
 position_ids restart at 0 with every document and at every row, which is what keeps attention and the shift within a document
 (see model/masks.py). The first token of a piece has no predecessor and is never a target.

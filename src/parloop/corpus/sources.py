@@ -1,4 +1,4 @@
-"""Where text comes from: Python's own source and installed packages, folders and globs, jsonl and parquet, the Hub.
+"""Sources of text: Python's own source and installed packages, folders and globs, jsonl and parquet, the Hub.
 
 Every source yields (name, text or None, reason): one document, or why something is not one. Nothing is fatal for one bad
 file; what was left out is counted by reason and named in the corpus's summary.
@@ -110,7 +110,7 @@ def files_read(settings: Any) -> list[Path]:
 
 
 def fingerprint(source: str) -> list:
-    """What identifies the content of a source: names, sizes and times of its files. Empty for the Hub."""
+    """Identify the content of a source by names, sizes and times of its files. Empty for the Hub."""
     if source.startswith(HUB):
         return []
     stats = [(path, path.stat() if path.exists() else path.lstat()) for path in files_of(source)]  # of what a link leads to
@@ -213,7 +213,7 @@ def _deal_lines(path: Path, column: str, limit: int, start: int | None, row: int
 
 
 def _deal_table(path: Path, column: str, limit: int, start: Any, row: int, share: int, shares: int):
-    """The same of a file that `datasets` reads, whose place is its own."""
+    """As _deal_lines, for parquet and JSON read by `datasets`; the cursor is the data set's state_dict."""
     from datasets import load_dataset
 
     rows = load_dataset(TABLES[path.suffix], data_files=[str(path)], split="train", streaming=True)
@@ -243,7 +243,7 @@ def _deal_hub(source: str, column: str, limit: int, share: int, shares: int, pla
 
 
 def _is_single(source: str) -> bool:
-    """Whether a source names files, whatever their endings."""
+    """Check whether a source names single files, whatever their endings."""
     return Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
 
 

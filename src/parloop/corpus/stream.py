@@ -47,7 +47,7 @@ class Part:
 
 @dataclass
 class Mixture:
-    """What is mixed, and how.
+    """A mixture: its sources, their weights, and how they are read.
 
     Attributes:
         length: T, tokens per row.
@@ -63,7 +63,7 @@ class Mixture:
     _files: dict[str, list[Path]] = field(default_factory=dict, repr=False)
 
     def digest(self) -> str:
-        """Of what is read: names and sizes of files. Data sets of the Hub count by name only."""
+        """Hash names and sizes of the files that are read. Data sets of the Hub count by name only."""
         files = [sources.fingerprint(part.settings.source) for part in self.parts]
         known = [[part.settings.source, [entry[:2] for entry in found]] for part, found in zip(self.parts, files)]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -283,7 +283,7 @@ class Stream:
 
 @dataclass
 class StreamLoader:
-    """What a process trains on: the batches of its share of every step's rows.
+    """Batches of a process's share of every step's rows.
 
     Attributes:
         batch_size: rows of a step, over all processes.
@@ -398,7 +398,7 @@ def places_in(folder: Path) -> list[Path]:
 
 
 def what_was_read(folder: Path) -> list[dict[str, Any]]:
-    """Of each source of a mixture, from the places that a checkpoint holds: tokens, documents, the furthest epoch, what was left out."""
+    """Sum up what was read of each source of a mixture, from a checkpoint's cursors: tokens, documents, highest epoch, skipped documents."""
     read: list[dict[str, Any]] = []
     for path in places_in(folder):
         state = json.loads(path.read_text(encoding="utf-8"))

@@ -166,6 +166,9 @@ def diagnose(
         center_rank: take the effective rank of centred states.
         on_batch: called after each batch with its number of samples.
 
+    Returns:
+        A Diagnosis: every lens of every sample, with means and intervals.
+
     Raises:
         DiagnosisError: another architecture, no samples, rows without two neighbouring tokens or longer than the model allows.
     """

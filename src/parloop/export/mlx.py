@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def mlx_lm_version() -> str | None:
-    """Of the installed mlx-lm; None without one."""
+    """Version of the installed mlx-lm; None without one."""
     try:
         return version("mlx-lm")
     except PackageNotFoundError:
@@ -55,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             found out here only where mlx-lm is installed, and else when the folder is first used).
     """
     try:
-        config = dict[str, Any](json.loads((folder / "config.json").read_text()))
+        config = dict[str, Any](json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ExportError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     kind = config.get("model_type")
@@ -88,9 +88,9 @@ def export_mlx(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
             shutil.copyfile(path, folder / path.name)
     else:
         _quantise(checkpoint, folder, config, bits)
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shutil.copyfile(MODEL_FILE, folder / EXPORTED_AS)
-    (folder / "config.json").write_text(json.dumps(config | {"model_file": EXPORTED_AS}, indent=4) + "\n")
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": EXPORTED_AS}, indent=4) + "\n", encoding="utf-8")
 
 
 def _parts(checkpoint: Path) -> Iterator[Path]:

@@ -172,7 +172,7 @@ class Gate(nn.Module):
 
 
 def last_rows(mask, rows, keys=None):
-    """Of a mask [.., T, S], what concerns the last rows and the last keys. The string "causal" ends at the last row and key by itself."""
+    """Cut a mask [.., T, S] to the last rows and the last keys. The string "causal" ends at the last row and key by itself."""
     if mask is None or isinstance(mask, str):
         return mask
     return mask[..., -rows:, :] if keys is None else mask[..., -rows:, -keys:]
@@ -249,7 +249,7 @@ class Attention(nn.Module):
         return self.rope(q, offset=offset), self.rope(k, offset=offset), v
 
     def _project_loops(self, normed_BRD, offset):
-        """The same of R rows that are at one position: to RoPE they are heads of one token."""
+        """As _project, for R rows at one position: to RoPE they are heads of one token."""
         q, k, v = self._heads(normed_BRD)
         B, R = q.shape[:2]
         q, k = (
@@ -390,7 +390,7 @@ class PLTModel(nn.Module):
         return (e if a is None else a * e) + (shifted if c is None else c * shifted)
 
     def _after_loop(self, x, loop):
-        """The same final norm after every loop; with plt_normalize_per_loop false, after the last one only."""
+        """Apply the final norm, after every loop; with plt_normalize_per_loop false, after the last one only."""
         return self.norm(x) if self.args.plt_normalize_per_loop or loop == self.args.plt_num_loops - 1 else x
 
     def _shift(self, h_BND, N, T, carry, loop):
@@ -409,7 +409,7 @@ class PLTModel(nn.Module):
 
 
 class Model(nn.Module):
-    """What mlx-lm loads."""
+    """The class that mlx-lm loads."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How attention is called: transformers' backends (eager, sdpa, flex_attention, FlashAttention), for tokens and for rows of loops.
+"""Calls of transformers' attention backends (eager, sdpa, flex_attention, FlashAttention), for tokens and for rows of loops.
 
 Axes: B sequences, T tokens of this call, S keys (cached and new), H query heads, G key/value heads, K head size.
 """
@@ -17,7 +17,7 @@ BANDED = ("eager", "sdpa")  # backends without windows of their own: see window.
 
 
 class AttentionModule(Protocol):
-    """What a backend, and what calls it, reads of a layer's attention."""
+    """Attributes of a layer's attention that a backend and its caller read."""
 
     config: PLTConfig
     layer_idx: int

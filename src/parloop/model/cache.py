@@ -45,7 +45,7 @@ def carry_index(config: PLTConfig, num_loops: int, loop: int) -> int:
 
 
 def carries(config: PLTConfig, num_loops: int) -> int:
-    """How many carries a cache has."""
+    """Number of carries in a cache."""
     return num_loops - 1 if config.plt_offset > 0 else 0
 
 
@@ -59,7 +59,7 @@ class PrefixCache(DynamicCache):
 
 
 def prefix_tokens(cache: Any) -> int:
-    """How many tokens at a cache's beginning only loop 1 holds."""
+    """Number of tokens at a cache's beginning that only loop 1 holds."""
     return cache.prefix_tokens if isinstance(cache, PrefixCache) else 0
 
 
@@ -70,6 +70,9 @@ def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: i
         config: the model's configuration.
         num_loops: R. The cache then serves calls with this loop count only.
         max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); else it grows.
+
+    Returns:
+        A stock DynamicCache or StaticCache of L * R + R - 1 layers, see the table at the top of this file.
 
     Raises:
         ValueError: num_loops is not an integer of at least 1.
@@ -126,13 +129,13 @@ def remember(cache: Cache | None, k_BGNK: torch.Tensor, v_BGNK: torch.Tensor, in
 
 
 def tokens_held(cache: Cache | None, config: PLTConfig, loop: int, layer: int) -> int:
-    """How many earlier tokens a window holds, at most w."""
+    """Number of earlier tokens that a window holds, at most w."""
     w = config.window_tokens
     return 0 if cache is None or w == 0 else min(cache.get_seq_length(window_index(config, loop, layer)), w)
 
 
 def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
-    """Whether windows and carries keep what a later crop may need (assisted decoding)."""
+    """Check whether windows and carries keep the states that a later crop may need (assisted decoding)."""
     return any(getattr(layer, "record_past", False) for layer in cache.layers[config.num_hidden_layers :])
 
 

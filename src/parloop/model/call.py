@@ -1,4 +1,4 @@
-"""What a call may ask for: its loop count, its inputs, and what the model refuses rather than computes wrongly.
+"""Checks of a call: its loop count, its inputs, and all that the model refuses rather than computes wrongly.
 
 Axes: B sequences, T tokens of this call.
 """

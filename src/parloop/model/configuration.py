@@ -157,7 +157,7 @@ class PLTConfig(PreTrainedConfig):
 
     @cached_property
     def auto_map(self) -> dict[str, str]:
-        """Where a repository's own code is: nowhere, unless its file says so. TRL and others read this of every model that
+        """Empty, unless a repository's file names code of its own. TRL and others read this of every model that
         transformers does not bring itself."""
         return {}
 
@@ -168,7 +168,7 @@ class PLTConfig(PreTrainedConfig):
 
     @property
     def output_bias(self) -> bool:
-        """Whether the attention's output projection has a bias."""
+        """True if the attention's output projection has a bias."""
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     def _divides(self, small: str, large: str) -> None:

@@ -4,7 +4,7 @@ from .configuration import PLTConfig
 
 
 def forward_flops_per_token(config: PLTConfig, length: int, num_loops: int | None = None) -> float:
-    """Of one token in a text of `length` tokens, averaged over the text.
+    """Forward FLOPs of one token in a text of `length` tokens, averaged over the text.
 
     Matrix products of every visited layer, attention over loop 1's keys (half the text on average) and over windows, the
     gates, and the head once. Norms, activations and the embedding look-up are left out (below one per cent).

@@ -1,4 +1,4 @@
-"""What transformers' `generate()` needs to know about a PLT. Each override says what breaks without it."""
+"""Overrides of transformers' `generate()` for a PLT. Each says what breaks without it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Who sees whom: the masks of one call, shared by all layers and loops.
+"""The masks of one call, shared by all layers and loops.
 
 Axes: B sequences, T tokens of this call, S keys (cached and new).
 """

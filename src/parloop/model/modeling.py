@@ -309,6 +309,10 @@ class PLTModel(PLTPreTrainedModel):
             output_attentions: return `attentions`, L * R tensors [B, H, T, S] in the same order. Of a later loop it is the
                 mixture of its global and its local weights. Needs attn_implementation="eager".
 
+        Returns:
+            last_hidden_state: h_R [B, T, D] after the final norm, or its last `states_to_keep`; past_key_values: the cache, if there
+            is one; loop_states: h_1 .. h_R, [B, T, D] each, if asked for; hidden_states and attentions, if asked for.
+
         Raises:
             ValueError: inputs that contradict each other or the cache; reentrant checkpointing of loops in DistributedDataParallel.
         """
@@ -403,7 +407,7 @@ class PLTModel(PLTPreTrainedModel):
         return list(x_BRD.split(1, dim=1))
 
     def _after_loop(self, x: torch.Tensor, loop: int, num_loops: int) -> torch.Tensor:
-        """The same final norm after every loop; with plt_normalize_per_loop false, after the last one only."""
+        """Apply the final norm, after every loop; with plt_normalize_per_loop false, after the last one only."""
         return self.norm(x) if self.config.plt_normalize_per_loop or loop == num_loops - 1 else x
 
 

@@ -1,4 +1,4 @@
-"""How a loop learns from the loop before it: b_r, the input of loop r, made from E, h_{r-1} and what the cache carries.
+"""The offset between loops: b_r, the input of loop r, made from E, h_{r-1} and what the cache carries.
 
     b_r = a * E + c * shift(h_{r-1})
 

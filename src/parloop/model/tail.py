@@ -19,7 +19,7 @@ from .masks import Masks, plt_masks
 
 
 def tail_tokens(config: PLTConfig, num_loops: int, keep: int, loop: int, layer: int) -> int:
-    """How many of the last tokens a layer must be run on in one of the loops 2..R, if only loop R's last `keep` states are
+    """Count the last tokens on which a layer must run in one of the loops 2..R, if only loop R's last `keep` states are
     needed, and a cache to go on from. Loop 1 runs on every token.
 
     A layer's output reads its input at its own token and the w before it, so every layer is needed on w tokens more than the
@@ -38,7 +38,7 @@ def states_needed(
     states_to_keep: int | None,
     prompt_tokens: int,
 ) -> int | None:
-    """How many of loop R's last states of this call are needed; zero or less: those that are needed come later in the prompt.
+    """Count loop R's last states of this call that are needed; zero or less: those that are needed come later in the prompt.
     None: all of them, where gradients may be wanted, without a cache, for a cache that will be cropped (assisted decoding) or begins
     with a learnt prefix, and for what is compiled for every shape (torch.compile, flex_attention).
 

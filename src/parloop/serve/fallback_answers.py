@@ -128,7 +128,7 @@ TAGS = {"<tool_call>", "</tool_call>", "<think>", "</think>"}
 
 
 def answer_template(tokenizer: Any, tools: bool) -> dict[str, Any] | None:
-    """How an answer is taken apart: as the tokenizer's `response_template` says, or by what its chat template shows: tool calls in JSON or
+    """Choose the template that parses answers: as the tokenizer's `response_template` says, or by what its chat template shows: tool calls in JSON or
     in XML, and reasoning in <think>; None if it shows neither. Without tools, what looks like a call is text.
 
     What does not begin like a call, or does not end, stays text; arguments that are no JSON are handed on as they are, and nothing

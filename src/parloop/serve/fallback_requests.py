@@ -1,4 +1,4 @@
-"""What a request to the server without vLLM may hold. All else is refused, so that no client takes an answer for what it asked."""
+"""Fields of requests to the server without vLLM. All others are refused, so that no client takes an answer for what it asked."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -93,7 +93,7 @@ class Part(BaseModel):
 
 
 def _object(arguments: Any) -> Any:
-    """Of a call, as chat templates take them. What a model wrote that is no JSON stays as it is."""
+    """Parse a call's arguments for a chat template. Text of a model that is no JSON stays as it is."""
     try:
         return json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
     except (ValueError, RecursionError):

@@ -57,7 +57,7 @@ def with_loops(checkpoint: Path, config: dict, num_loops: int, folder: Path) -> 
         if path.name != "config.json":
             os.symlink(path.resolve(), folder / path.name)
     config = {name: value for name, value in config.items() if name != "model_file"}
-    (folder / "config.json").write_text(json.dumps(config | {"plt_num_loops": num_loops}))
+    (folder / "config.json").write_text(json.dumps(config | {"plt_num_loops": num_loops}), encoding="utf-8")
     return folder
 
 

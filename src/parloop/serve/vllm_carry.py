@@ -162,7 +162,7 @@ class Carry(nn.Module):
         self.pieces = [CarryLayer(num_kv_heads, head_size, vllm_config, name) for name in self.names]
 
     def metadata(self) -> list[CarryMetadata] | None:
-        """Of the pieces that are in use; None while vLLM measures memory, without a cache."""
+        """Attention metadata of the pieces that are in use; None while vLLM measures memory, without a cache."""
         by_layer = get_forward_context().attn_metadata
         if isinstance(by_layer, list):  # of a speculative step: the first is the model's own
             by_layer = by_layer[0]
