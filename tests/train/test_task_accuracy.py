@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
 
 from parloop.corpus import train_tokenizer
 from parloop.corpus.tasks import HELD_OUT, Encoder, task_of
 from parloop.errors import SourceError
 from parloop.train.task_accuracy import task_accuracy
+from tests.helpers.models import tiny_model
 
 
 def model_of(task, **changes):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +18,7 @@ from parloop.errors import DiagnosisError, RecipeError, SourceError
 from parloop.train import Recipe
 from parloop.train.pretrain import train
 from parloop.train.task_accuracy import task_accuracy
+from tests.helpers.models import tiny_model
 
 QUIET = Console(quiet=True)
 

@@ -146,7 +146,11 @@ class Task(ABC):
 
     def symbols_of(self, document: Document) -> list[str]:
         """What is read, as symbols."""
-        return [self.symbols[id - len(SPECIAL)] for id in document.ids]
+        return [self.symbol(id) for id in document.ids]
+
+    def symbol(self, id: int) -> str:
+        """What an id of the task's own tokenizer stands for."""
+        return (*SPECIAL, *self.symbols)[id]
 
     def join(self, symbols: list[str]) -> tuple[str, list[int]]:
         """The text of symbols, and where each of them begins in it."""
