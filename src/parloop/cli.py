@@ -237,6 +237,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    think_budget: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -260,6 +261,8 @@ def generate(
         Sample among the likeliest tokens that make up this probability.
     seed
         Seed of the sampling.
+    think_budget
+        Tokens of reasoning between <think> and </think>; it is closed then, and the answer follows. Default: as many as the model writes.
     device
         auto, cpu or cuda.
     dtype
@@ -268,7 +271,7 @@ def generate(
     from .generate import stream
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    stream(checkpoint, text, loops, max_new_tokens, temperature, top_p, seed, device, dtype)
+    stream(checkpoint, text, loops, max_new_tokens, temperature, top_p, seed, device, dtype, think_budget)
 
 
 @app.command

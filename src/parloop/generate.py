@@ -1,7 +1,9 @@
 """Loading a checkpoint, and streaming text from it to the terminal."""
 
+import bisect
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 from .errors import CheckpointError
 from .model.configuration import PLTConfig
 
+OPENING, CLOSING = "<think>", "</think>"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -118,8 +121,12 @@ def stream(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    think_budget: int | None = None,
 ) -> None:
     """Print the prompt and its continuation, token by token.
+
+    Args:
+        think_budget: tokens of reasoning, after which it is closed; see `closing_reasoning`.
 
     Raises:
         CheckpointError: as `load_model`; also for options out of their bounds and prompts that are too long or empty.
@@ -130,6 +137,7 @@ def stream(
         ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0; 0 takes the likeliest token"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 samples among all tokens"),
         ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
+        ("think_budget", think_budget, think_budget is None or think_budget >= 0, "at least 0, in tokens"),
     ):
         if not allowed:
             raise CheckpointError(f"{name}={value} must be {what}.")
@@ -152,7 +160,11 @@ def stream(
             f"(stopping after {room} tokens: the model was made for texts of {model.config.max_position_embeddings})",
             file=sys.stderr,
         )
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    if think_budget is not None:
+        sampling["prefix_allowed_tokens_fn"] = closing_reasoning(think_budget, tokenizer, model.config.vocab_size)
     model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -161,3 +173,32 @@ def stream(
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+
+
+def closing_reasoning(budget: int, tokenizer: Any, vocab_size: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Close reasoning after `budget` tokens of it: what `generate(prefix_allowed_tokens_fn=..)` takes.
+
+    Reasoning is what follows <think>, which the model writes or the prompt ends with, up to </think>. A model that has not closed it when
+    the budget is used up can go on with nothing but the tokens of </think> and an empty line; then it writes its answer. The temperature
+    and everything else of generation are as they are.
+
+    Args:
+        budget: in tokens, those of the tags not counted.
+        vocab_size: rows of the model's embedding.
+    """
+    anything = torch.arange(vocab_size)
+    closing = torch.tensor(tokenizer(f"\n{CLOSING}\n\n", add_special_tokens=False)["input_ids"])
+
+    def allowed(row: int, ids_T: torch.Tensor) -> torch.Tensor:
+        ids = ids_T.tolist()
+        openings = tokenizer.decode(ids).count(OPENING)
+        if not openings:
+            return anything
+        # The tags may be several tokens each, which join with their neighbours: text is what shows them.
+        begin = bisect.bisect_left(range(len(ids) + 1), openings, key=lambda n: tokenizer.decode(ids[:n]).count(OPENING))
+        beyond = len(ids) - begin - budget
+        if not 0 <= beyond < len(closing) or CLOSING in tokenizer.decode(ids[begin : begin + budget]):
+            return anything
+        return closing[beyond : beyond + 1]
+
+    return allowed
