@@ -84,7 +84,7 @@ def train(
     Parameters
     ----------
     recipe
-        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu, loopcoder-v2-7b, chat, chat-lora.
+        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu, loopcoder-v2-7b, task, chat, chat-lora, think.
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh

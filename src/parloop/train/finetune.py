@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from ..corpus import sources
-from ..corpus.chat import Chat, load_chat
+from ..corpus.chat import Chat, Reasoning, load_chat
 from ..errors import RecipeError
 from ..folder import OutputFolder, check_room
 from ..generate import load_config, load_model, load_part, local_folder
@@ -166,6 +166,7 @@ def _finetune(
         "rows": len(train_rows),
         "tokens": steps * recipe.batch_size * recipe.length,
         "left_out": summary["left_out"],
+        "reasoning_cut": summary.get("cut", 0),
         "processes": state.num_processes,
         "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
     } | curves(trainer, recipe.batch_size * recipe.length)
@@ -188,7 +189,8 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
     if kept is not None and kept["fingerprint"] == known:
         return
     datasets.disable_progress_bars()
-    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
+    reasoning = Reasoning(recipe.max_reasoning_tokens, recipe.long_reasoning)
+    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids, reasoning)
     _tell(chat, console)
     begun = output / TRAINED_ON
     if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["digest"] != chat.digest:
@@ -204,6 +206,7 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         "digest": chat.digest,
         "conversations": chat.conversations,
         "left_out": dict(chat.left_out),
+        "cut": chat.cut,
     }
     write_json(folder / SUMMARY, summary)
 
@@ -307,6 +310,8 @@ def _tell(chat: Chat, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if chat.cut:
+        console.print(f"Reasoning was cut in {chat.cut:,} of them.", highlight=False, markup=False)
     if not chat.stops:
         console.print(
             "The last token that is learnt of some turns does not end generation: the model may not learn to stop. Add it to "

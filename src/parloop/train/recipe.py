@@ -297,6 +297,11 @@ class ChatRecipe(RunSettings):
     )
     length: int = _(2048, "T, tokens per row; longer conversations are left out")
     packing: bool = _(True, "several conversations per row, apart from each other")
+    max_reasoning_tokens: int = _(0, "tokens of a turn's reasoning beyond which it is long; 0: none is")
+    long_reasoning: str = _(
+        "drop",
+        "drop: a conversation with long reasoning is left out; cut: its first max_reasoning_tokens are kept. Both are counted",
+    )
     epochs: float = _(1.0, "how often every conversation is seen")
     validation_share: float = _(0.05, "share of the conversations kept for validation")
     lora_rank: int = _(0, "rank of LoRA adapters; 0: train all weights")
@@ -340,7 +345,7 @@ BOUNDS = {
         "head_dim", "intermediate_size", "max_position_embeddings", "tokens", "batch_size", "gradient_accumulation", "log_every",
         "eval_rows", "save_every", "keep_checkpoints", "replicas", "shuffle_documents", "data_streams",
     ),
-    "at least 0": ("max_bytes", "weight_decay", "eval_every", "lora_rank"),
+    "at least 0": ("max_reasoning_tokens", "max_bytes", "weight_decay", "eval_every", "lora_rank"),
     "at least 259 (256 bytes and 3 special tokens)": ("vocab_size",),
     "above 0": (
         "rope_theta", "initializer_range", "learning_rate", "adam_epsilon", "max_grad_norm", "lora_alpha", "epochs",
@@ -353,6 +358,7 @@ BOUNDS = {
 CHOICES = {
     "attention": ("sdpa", "eager", "flex_attention"),
     "gate": ("hidden", "query"),
+    "long_reasoning": ("drop", "cut"),
     "precision": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
     "gradient_checkpointing": ("none", "layer", "loop", "both"),
