@@ -1,11 +1,12 @@
 """The bench at tiny size: it runs, its numbers are all there and refer to what they say. Never how long anything took."""
 
-import json
+import copy
 import math
 import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from transformers import CompileConfig
 from transformers.cache_utils import StaticCache
 
 from parloop import PLTForCausalLM, cache_bytes, make_cache
-from parloop.bench import bench, measure, models, run_bench, settings
-from parloop.bench.measure import PASS_PER_LOOP, Block, Variant, decode_variants, expected_cache_bytes, fill_cache
+from parloop.bench import BenchResult, bench, measure, models, run_bench, settings
+from parloop.bench.measure import Block, expected_cache_bytes, fill_cache
+from parloop.bench.report import draw, write_report
+from parloop.bench.variants import PASS_PER_LOOP, Variant, decode_variants
 from parloop.errors import BenchError, CheckpointError, OutputError
-from parloop.report.figures import bench_figure, save_png
-from parloop.report.page import write_bench_figure
-from parloop.report.terminal import bench_legend, bench_tables
+from parloop.folder import BENCH, claimed
+from parloop.timing import Spread
 from tests.helpers.models import tiny_config, tiny_model
 
 QUIET = Console(quiet=True)
@@ -46,60 +48,70 @@ def measured(tmp_path_factory):
 
 
 def is_spread(value):
-    return value.keys() == {"median", "low", "high"} and 0 < value["low"] <= value["median"] <= value["high"] < math.inf
+    return 0 < value.low <= value.median <= value.high < math.inf
 
 
 def test_results_are_complete(measured):
-    folder, results = measured
-    assert json.loads((folder / "results.json").read_text()) == results
-    assert results["settings"]["loops"] == [1, 2, 3]
-    assert results["environment"]["threads"] == 1
-    assert results["model"]["parameters"] == 107_464
-    assert all(value > 0 for value in results["read_bandwidth"].values())
-    assert results["skipped"] == []
-    assert results["commands"] == ["parloop bench"]
-    blocks = [(block["phase"], block["batch_size"], block["tokens"]) for block in results["blocks"]]
+    _, result = measured
+    assert result.settings.loops == (1, 2, 3)
+    assert result.environment["threads"] == 1
+    assert result.model["parameters"] == 107_464
+    assert all(value > 0 for value in result.read_bandwidth.values())
+    assert result.skipped == []
+    assert result.commands == ["parloop bench"]
+    blocks = [(block.phase, block.batch_size, block.tokens) for block in result.blocks]
     assert blocks == [("decode", b, n) for b in (1, 2) for n in (6, 40)] + [("prefill", b, 33) for b in (1, 2)]
-    for block in results["blocks"]:
-        decode = block["phase"] == "decode"
-        assert block["context_range"] == ([block["tokens"] + 1, block["tokens"] + 3] if decode else None)
-        assert is_spread(block["read_bytes_per_second"])
-        labels = [row["label"] for row in block["rows"]]
+    for block in result.blocks:
+        decode = block.phase == "decode"
+        assert block.context_range == ([block.tokens + 1, block.tokens + 3] if decode else None)
+        assert is_spread(block.read_bytes_per_second)
+        labels = [row.label for row in block.rows]
         others = ", pass per loop" if decode else ", whole prompt"
         assert labels == ["Llama", "R = 1", "R = 2", "R = 3", "R = 2" + others, "R = 3" + others]
-        for row in block["rows"]:
-            for name in ("ms", "over_one_loop", "over_llama", *(("weight_bytes_per_second", "bandwidth_share") * decode)):
-                assert is_spread(row[name]), name
-            assert len(row["ms_rounds"]) == 2
-            assert row["kind"] == PASS_PER_LOOP or "pass per loop" not in row["label"]
-            assert row["cache"]["over_formula"] == 1
-            assert row["peak_bytes"] > 0
-        rows = {row["label"]: row for row in block["rows"]}
-        assert rows["R = 1"]["over_one_loop"] == {"median": 1, "low": 1, "high": 1}
-        ratios = [a / b for a, b in zip(rows["R = 3"]["ms_rounds"], rows["R = 1"]["ms_rounds"])]
-        assert rows["R = 3"]["over_one_loop"]["median"] == pytest.approx(sum(ratios) / 2)
+        for row in block.rows:
+            assert all(map(is_spread, (row.ms, row.over_one_loop, row.over_llama)))
+            of_decode = row.weight_bytes, row.weight_bytes_per_second, row.bandwidth_share
+            assert all(value is None for value in of_decode) or decode
+            assert not decode or (row.weight_bytes > 0 and all(map(is_spread, of_decode[1:])))
+            assert len(row.ms_rounds) == 2
+            assert row.kind == PASS_PER_LOOP or row.variant.one_pass
+            assert row.cache.over_formula == 1
+            assert row.peak_bytes > 0
+        rows = {row.label: row for row in block.rows}
+        assert rows["R = 1"].over_one_loop == Spread(1, 1, 1)
+        ratios = [a / b for a, b in zip(rows["R = 3"].ms_rounds, rows["R = 1"].ms_rounds)]
+        assert rows["R = 3"].over_one_loop.median == pytest.approx(sum(ratios) / 2)
 
 
-def test_tables_and_figure(measured, tmp_path):
-    _, results = measured
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    wide = json.loads(json.dumps(results))  # as of a large model on a slow machine
-    for row in (row for block in wide["blocks"] for row in block["rows"]):
-        row["ms"] = {"median": 3210.9, "low": 1234.5, "high": 43210.9}
-        row["over_one_loop"] = {"median": 12.3, "low": 10.1, "high": 23.4}
-        row["peak_bytes"] = 123e9
-    for table in bench_tables(results) + bench_tables(wide):
-        console.print(table)
-    console.print(bench_legend(results))
-    text = console.export_text()
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 100
-    assert max(map(len, bench_legend(results).splitlines())) <= 100
-    assert "the scheme of the vendor's server, not their code" in text
-    save_png(bench_figure(results), tmp_path / "bench.png")
-    only = results | {"blocks": [block for block in results["blocks"] if block["phase"] == "prefill"]}
-    save_png(bench_figure(only), tmp_path / "prefill.png")
-    assert "weights GB/s" not in bench_legend(only)
+def test_the_result_is_in_the_folder_as_it_was_returned(measured):
+    """With its figure, and without the command line."""
+    folder, result = measured
+    assert BenchResult.load(folder) == result
+    assert BenchResult.load(folder).folder == result.folder == folder
+    assert BenchResult.from_json(result.to_json()) == result
+    assert (folder / "bench.png").stat().st_size > 5000
+
+
+def test_tables_and_figure(measured):
+    _, result = measured
+    wide = copy.deepcopy(result)  # as of a large model on a slow machine
+    for row in (row for block in wide.blocks for row in block.rows):
+        row.ms, row.over_one_loop, row.peak_bytes = Spread(3210.9, 1234.5, 43210.9), Spread(12.3, 10.1, 23.4), 123e9
+    for shown in (result, wide):
+        text = shown.format()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 100
+        assert "the scheme of the vendor's server, not their code" in text
+        assert "compiled:" not in text
+    ratios, times, _ = draw(result).axes
+    assert [container.get_label() for container in ratios.containers] == [
+        "6 tokens", "40 tokens", "6 tokens, batch 2", "40 tokens, batch 2", "a pass per loop (dotted)", *[ANY] * 3
+    ]  # fmt: skip
+    assert [line.get_label() for line in times.get_lines()] == ["Llama", "R = 1", "R = 2", "R = 3"]
+    only = copy.deepcopy(result)
+    only.blocks = [block for block in result.blocks if block.phase == "prefill"]
+    assert [axes.get_title() for axes in draw(only).axes] == ["prefill"]
+    assert "weights GB/s" not in only.legend()
 
 
 def test_finished_blocks_are_kept(measured, tmp_path, monkeypatch):
@@ -115,14 +127,14 @@ def test_finished_blocks_are_kept(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "measure_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_bench(**TINY, output=tmp_path)
-    before = json.loads((tmp_path / "results.json").read_text())["blocks"]
+    before = BenchResult.load(tmp_path).blocks
     assert len(before) == 2
-    results = run_bench(**TINY, output=tmp_path)
-    assert len(results["blocks"]) == len(calls) - 1 == 6
-    assert all(block in results["blocks"] for block in before)
-    assert len(run_bench(**TINY | {"contexts": [9]}, output=tmp_path)["blocks"]) == 8
+    result = run_bench(**TINY, output=tmp_path)
+    assert len(result.blocks) == len(calls) - 1 == 6
+    assert all(block in result.blocks for block in before)
+    assert len(run_bench(**TINY | {"contexts": [9]}, output=tmp_path).blocks) == 8
     calls.clear()
-    assert len(run_bench(**TINY, output=tmp_path)["blocks"]) == 8
+    assert len(run_bench(**TINY, output=tmp_path).blocks) == 8
     assert calls == []
 
 
@@ -131,18 +143,35 @@ def test_another_bench_is_refused_and_can_be_replaced(measured, tmp_path):
     run_bench(**less, output=tmp_path)
     with pytest.raises(BenchError, match=r"dtype was bfloat16, is float32.*--fresh"):
         run_bench(**less, dtype="float32", output=tmp_path)
-    assert run_bench(**less, dtype="float32", output=tmp_path, fresh=True)["settings"]["dtype"] == "float32"
+    assert run_bench(**less, dtype="float32", output=tmp_path, fresh=True).settings.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"settings": {}, "environment": {}, "commands": [], "blocks": []}', "its format is 1, and this version of parloop reads 2"),
+        ('{"format": 2, "settings": {"steps": "x"}, "environment": {}, "blocks": []}', "steps is 'x', not int"),
+        ('{"format": 2, "environment": {}}', "it has no settings"),
+    ],
+)  # fmt: skip
+def test_results_of_another_version_are_not_continued(tmp_path, content, why):
+    less = TINY | {"contexts": [4], "prefill_lengths": [0], "batch_sizes": [1], "repeats": 1}
+    with claimed(tmp_path, BENCH) as out:
+        out.write("results.json", content)
+    with pytest.raises(BenchError, match=rf"results.json is no bench's \(.*{why}\): choose another --output, or --fresh"):
+        run_bench(**less, output=tmp_path)
+    assert run_bench(**less, output=tmp_path, fresh=True).blocks
 
 
 def test_static_caches_and_a_checkpoint(tmp_path):
     """With its own loop count, short texts, and default lengths cut to them."""
     tiny_model(plt_num_loops=2, dtype=torch.float32, max_position_embeddings=32).save_pretrained(tmp_path / "checkpoint")
     options = TINY | {"shape": None, "contexts": None, "prefill_lengths": None, "batch_sizes": [2], "repeats": 1}
-    results = run_bench(str(tmp_path / "checkpoint"), **options, static=True, output=tmp_path / "out")
-    assert [(block["phase"], block["tokens"]) for block in results["blocks"]] == [("decode", 29), ("prefill", 32)]
-    for row in (row for block in results["blocks"] for row in block["rows"]):
-        assert row["cache"]["over_formula"] == 1
-        assert row["cache"]["storage_bytes"] == row["cache"]["bytes"]
+    result = run_bench(str(tmp_path / "checkpoint"), **options, static=True, output=tmp_path / "out")
+    assert [(block.phase, block.tokens) for block in result.blocks] == [("decode", 29), ("prefill", 32)]
+    for row in (row for block in result.blocks for row in block.rows):
+        assert row.cache.over_formula == 1
+        assert row.cache.storage_bytes == row.cache.bytes
 
 
 def test_compiled_decoding(tmp_path, monkeypatch):
@@ -151,19 +180,19 @@ def test_compiled_decoding(tmp_path, monkeypatch):
     graphs, original = [], Block.run
     monkeypatch.setattr(Block, "run", lambda *args: (original(*args), graphs.append(counters["stats"]["unique_graphs"]))[0])
     options = TINY | {"loops": [2, 3], "contexts": [4, 20], "batch_sizes": [1], "prefill_lengths": [0]}
-    results = run_bench(**options, compile=True, output=tmp_path)
-    runs = len(results["blocks"][0]["rows"])
+    result = run_bench(**options, compile=True, output=tmp_path)
+    runs = len(result.blocks[0].rows)
     assert graphs[runs - 1] == graphs[3 * runs - 1]
     assert graphs[4 * runs - 1] == graphs[6 * runs - 1]
-    for block in results["blocks"]:
-        rows = {row["label"]: row for row in block["rows"]}
+    for block in result.blocks:
+        rows = {row.label: row for row in block.rows}
         assert {label for label in rows if "compiled" in label} == {
             f"{name}, compiled" for name in ("Llama", "R = 1", "R = 2", "R = 3")
         }
-        ratios = [a / b for a, b in zip(rows["R = 2, compiled"]["ms_rounds"], rows["R = 1, compiled"]["ms_rounds"])]
-        assert rows["R = 2, compiled"]["over_one_loop"]["median"] == pytest.approx(sum(ratios) / 2)
-    assert "compiled:" in bench_legend(results)
-    save_png(bench_figure(results), tmp_path / "bench.png")
+        ratios = [a / b for a, b in zip(rows["R = 2, compiled"].ms_rounds, rows["R = 1, compiled"].ms_rounds)]
+        assert rows["R = 2, compiled"].over_one_loop.median == pytest.approx(sum(ratios) / 2)
+    assert "compiled:" in result.legend()
+    assert "compiled (dashed)" in [container.get_label() for container in draw(result).axes[0].containers]
 
 
 @pytest.mark.parametrize(
@@ -199,9 +228,9 @@ def test_too_little_memory(tmp_path, monkeypatch):
         run_bench(**TINY, output=tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(settings, "available_bytes", lambda device: 600_000)
-    results = run_bench(**TINY | {"contexts": [2, 2000], "prefill_lengths": [0], "batch_sizes": [1]}, output=tmp_path)
-    assert [block["tokens"] for block in results["blocks"]] == [2]
-    assert [(skipped["tokens"], skipped["reason"][:14]) for skipped in results["skipped"]] == [(2000, "it needs about")]
+    result = run_bench(**TINY | {"contexts": [2, 2000], "prefill_lengths": [0], "batch_sizes": [1]}, output=tmp_path)
+    assert [block.tokens for block in result.blocks] == [2]
+    assert [(skipped.tokens, skipped.reason[:14]) for skipped in result.skipped] == [(2000, "it needs about")]
 
 
 def test_the_released_shape():
@@ -332,8 +361,8 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_measured(tmp_pa
 
 def test_a_figure_that_was_changed_since_is_not_written_over(measured, tmp_path):
     shutil.copytree(measured[0], tmp_path / "bench")
-    write_bench_figure(measured[1], tmp_path / "bench")
-    write_bench_figure(measured[1], tmp_path / "bench")
+    write_report(measured[1], tmp_path / "bench")
+    write_report(measured[1], tmp_path / "bench")
     (tmp_path / "bench" / "bench.png").write_text("mine")
     with pytest.raises(OutputError, match=r"holds bench.png, which parloop did not write, or which was changed since"):
         run_bench(**TINY, output=tmp_path / "bench")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from parloop import cli
 from parloop.corpus.corpus import Corpus
@@ -37,28 +38,31 @@ def test_brackets_in_names(capsys):
         assert text in shown
 
 
-def test_the_study_shows_paths_and_commands_as_they_are(monkeypatch, capsys, tmp_path):
-    results = {"verdict": "Take R = 2. With [w, 0] and [/y].", "chosen": 2}
-    monkeypatch.setattr("parloop.study.run_study", lambda *a, **k: results)
-    monkeypatch.setattr("parloop.report.page.write_study_report", lambda *a: Path("out[/y]/report.html"))
-    monkeypatch.setattr("parloop.report.terminal.study_tables", lambda *a: [])
+def test_the_study_shows_paths_and_commands_as_they_are(monkeypatch, capsys):
+    class Result:
+        folder = Path("out[/y]")
+
+        def __rich__(self):
+            return Text("Take R = 2. With [w, 0] and [/y].")
+
+    monkeypatch.setattr("parloop.study.run_study", lambda *a, **k: Result())
     assert run(monkeypatch, "study") == 0
     shown = capsys.readouterr().out
     assert "Take R = 2. With [w, 0] and [/y]." in shown
     assert "report: out[/y]/report.html" in shown
 
 
-def test_the_default_folder_of_a_study_follows_the_source(monkeypatch):
-    folders = []
+def test_a_source_is_a_source_however_it_is_given(monkeypatch):
+    asked = []
 
-    def stop(recipe, folder, **_):
-        folders.append((recipe.source, str(folder)))
+    def stop(preset, output, *, changes, **_):
+        asked.append((preset, output, changes))
         raise RecipeError("stop")
 
     monkeypatch.setattr("parloop.study.run_study", stop)
     for arguments in (["src/"], ["--source", "src/"], []):
         run(monkeypatch, "study", *arguments)
-    assert folders == [("src/", "runs/study-quick-src")] * 2 + [("stdlib", "runs/study-quick")]
+    assert asked == [("quick", None, {"source": "src/"})] * 2 + [("quick", None, {})]
 
 
 def test_the_recorded_command_can_be_pasted(monkeypatch, tmp_path):
@@ -68,7 +72,8 @@ def test_the_recorded_command_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["parloop", "study", "src/**/*.py", "--output", str(tmp_path)])
     monkeypatch.setattr(study, "plan", lambda *a: [])
     monkeypatch.setattr(study, "measure", lambda *a: {})
-    monkeypatch.setattr(study, "summarize", lambda *a: kept.append(a[-1]) or {})
+    monkeypatch.setattr(study, "summarize", lambda *a: kept.append(a[-2]))
+    monkeypatch.setattr(study, "write_report", lambda *a: None)
     monkeypatch.setattr(study, "load_corpus", lambda *a, **k: Corpus(None, None, None, {}, tmp_path))
     monkeypatch.setattr(Corpus, "print_summary", lambda *a: None)
     study.run_study(cli.Recipe(), tmp_path, console=Console(quiet=True))

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError, SourceError
-from .record import command_line
+from .errors import EvaluationError, ParloopError, PortCheckError, SourceError
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
@@ -95,8 +94,8 @@ def train(
     changes = _given(overrides)
     settings = load_recipe(recipe, **changes)
     if plan:
-        from .report.terminal import plan_tables
         from .train.plan import plan_of
+        from .train.plan_tables import plan_tables
 
         for part in plan_tables(plan_of(settings)):
             _console().print(part, highlight=False)
@@ -187,25 +186,19 @@ def study(
     fresh
         Delete the runs in the folder and start over.
     """
-    from .report.page import write_study_report
-    from .report.terminal import study_tables
     from .study import run_study
 
-    changes = _given(overrides)
-    if source is not None:
-        changes["source"] = source
-    source = changes.get("source")
-    recipe = Recipe.load(preset, **changes)
-    folder = output or study_folder(preset, match, source)
+    changes = _given(overrides) | ({} if source is None else {"source": source})
     console = _console()
-    with _naming(preset, changes):
-        results = run_study(recipe, folder, loops=loops, seeds=seeds, match=match, console=console, fresh=fresh)
-    page = write_study_report(results, folder)
-    for table in study_tables(results):
-        console.print(table)
-    headline, _, evidence = results["verdict"].partition(". ")
-    console.print(f"\n[bold]{escape(headline)}.[/] {escape(evidence)}", highlight=False)
-    console.print(f"\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
+    result = run_study(preset, output, loops=loops, seeds=seeds, match=match, changes=changes, console=console, fresh=fresh)
+    console.print(result)
+    _name_files(console, "report", result.folder, "report.html")
+
+
+def _name_files(console: Console, what: str, folder: Path | None, *names: str) -> None:
+    """Print where a verb's files are."""
+    paths = ", ".join(str(Path(folder or "", name)) for name in names)
+    console.print(f"{what}: {paths}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -217,13 +210,6 @@ def _naming(recipe: str, changes: dict[str, Any]) -> Iterator[None]:
         if changes.keys() & {"source", "chat"}:
             raise
         raise SourceError(f"{error} (recipe {recipe!r})") from error
-
-
-def study_folder(preset: str, match: str, source: str | None) -> Path:
-    parts = ["study", Path(preset).stem, *([match] if match != "tokens" else [])]
-    if source is not None and source != "stdlib":
-        parts.append("".join(c if c.isalnum() else "-" for c in source).strip("-")[-40:])
-    return Path("runs", "-".join(parts))
 
 
 @app.command
@@ -320,29 +306,15 @@ def diagnose(
     output
         Folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
     """
-    from .diagnosis.checkpoint import default_folder, diagnose_checkpoint, diagnosis_folder, save_results
-    from .report.page import write_diagnosis_report
-    from .report.terminal import diagnosis_table
+    from .diagnosis.checkpoint import diagnose_checkpoints
 
-    if not checkpoints:
-        raise CheckpointError("name at least one checkpoint: parloop diagnose runs/study-quick/r2-seed0")
     console = _console()
-    options: dict[str, Any] = {
-        "data": data, "extensions": extensions, "samples": samples, "length": length, "loops": loops, "batch_size": batch_size,
-        "device": device, "dtype": dtype, "center_rank": center_rank,
-    }  # fmt: skip
-    command = command_line()
-    with diagnosis_folder(output or default_folder(checkpoints), checkpoints) as folder:
-        records = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
-        save_results(records, folder, command)
-        page = write_diagnosis_report(records, folder, command)
-    for record in records:
-        console.print(diagnosis_table(record))
-        told = f"{record['settings']['data']}: trained on this text? {record['settings']['trained_on_this_text']}."
-        console.print(told, highlight=False, markup=False)
-        verdict = record["verdict"]
-        console.print(f"[bold]{escape(verdict['headline'])}[/] {escape(verdict['sureness'])}\n", highlight=False)
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    result = diagnose_checkpoints(
+        checkpoints, output, data=data, extensions=extensions, samples=samples, length=length, loops=loops, batch_size=batch_size,
+        device=device, dtype=dtype, center_rank=center_rank, console=console,
+    )  # fmt: skip
+    console.print(result)
+    _name_files(console, "report", result.folder, "report.html")
 
 
 @app.command
@@ -472,12 +444,10 @@ def bench(
     fresh
         Measure again what the folder holds.
     """
-    from .bench.bench import default_folder, run_bench
-    from .report.page import write_bench_figure
-    from .report.terminal import bench_legend, bench_tables
+    from .bench import run_bench
 
     console = _console()
-    results = run_bench(
+    result = run_bench(
         checkpoint,
         shape=shape,
         loops=loops,
@@ -495,12 +465,8 @@ def bench(
         fresh=fresh,
         console=console,
     )
-    folder = output or default_folder(checkpoint, shape)
-    figure = write_bench_figure(results, folder)
-    for table in bench_tables(results):
-        console.print(table)
-    console.print(bench_legend(results), highlight=False)
-    console.print(f"\nresults: {folder / 'results.json'}, {figure}", highlight=False, markup=False, soft_wrap=True)
+    console.print(result)
+    _name_files(console, "results", result.folder, "results.json", "bench.png")
 
 
 @app.command
@@ -642,58 +608,28 @@ def evaluate(
     """
     import shlex
 
-    from .evaluate import run as evaluation
-    from .evaluate.benchmark import benchmarks
-    from .report import terminal
+    from .evaluate import compare, run
+    from .evaluate import report as tables
 
     console = _console()
     if list:
-        console.print(terminal.benchmark_table())
+        console.print(tables.benchmark_table())
         return
     if report:
-        from .evaluate.compare import compare
-        from .report.page import write_evaluation_report
-
-        summary = compare([Path(folder) for folder in what] or [output], output)
-        for table in terminal.evaluation_tables(summary):
-            console.print(table)
-        page = write_evaluation_report(summary, output, command_line())
-        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+        comparison = compare.compare([Path(folder) for folder in what] or [output], output)
+        console.print(comparison)
+        _name_files(console, "report", comparison.folder, "report.html")
         return
-    checkpoints = [text for text in what if text not in benchmarks() and (Path(text).is_dir() or "/" in text)]
-    if len(checkpoints) > 1:
-        raise EvaluationError(f"{', '.join(checkpoints)}: give one checkpoint.")
-    request = evaluation.Request(
-        benchmarks=[text for text in what if text not in checkpoints], checkpoint=checkpoints[0] if checkpoints else None, endpoint=endpoint,
-        model=model, loops=loops, output=output, limit=limit, data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")},
-        settings=_settings(set), serve_options=shlex.split(serve_options), fresh=fresh,
+    request = run.Request.of(
+        what, endpoint=endpoint, model=model, loops=loops, output=output, limit=limit, fresh=fresh,
+        data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")}, settings=_settings(set),
+        serve_options=shlex.split(serve_options),
     )  # fmt: skip
     if plan:
-        planned, counts = evaluation.plan(request), request.counts()
-        for benchmark, checks, lines in planned:
-            hours = f"{benchmark.needs.hours:g} hour" + ("" if benchmark.needs.hours == 1 else "s")
-            console.print(
-                f"[bold]{benchmark.title}[/], {benchmark.tool}, about {hours} for each loop count", highlight=False
-            )
-            for check in checks:
-                mark = "[green]there[/]" if check.met else "[red]not there[/]"
-                console.print(
-                    f"  {mark} {escape(check.what)}" + (f": {escape(check.remedy)}" if not check.met else ""),
-                    highlight=False,
-                )
-            if counts[0] is not None:
-                others = f" (for {', '.join(map(str, counts[1:]))} alike)" if counts[1:] else ""
-                console.print(f"  with R = {counts[0]}{others}:", highlight=False)
-            for line in lines:
-                console.print(f"  $ {line}", markup=False, highlight=False, soft_wrap=True)
+        for planned in run.plan(request):
+            console.print(planned, soft_wrap=True)
         return
-    for result in evaluation.evaluate(request, console):
-        unit = "" if result["unit"] == "%" else f" {result['unit']}"
-        console.print(
-            f"{result['title']}, {result['model']['name']}: {result['value']:.4g}{unit or '%'}, {len(result['items'])} items",
-            highlight=False,
-            markup=False,
-        )
+    console.print(run.evaluate(request, console))
     console.print(f"next:  parloop eval --report {output}", highlight=False, markup=False)
 
 

@@ -74,7 +74,7 @@ def _is_study(folder: Path) -> bool:
 STUDY = Kind(
     "a study",
     files=r"results\.json|report\.html|README\.md|(loss|curves|cost|lenses-\w+)\.png",
-    made=r"r\d+-seed\d+",
+    made=r"r\d+(-[\w.+]+)*-seed\d+",
     known=_is_study,
 )
 DIAGNOSIS = Kind(

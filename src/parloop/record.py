@@ -41,10 +41,15 @@ def command_line() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Never half a file, whenever the process is interrupted. Folders are made."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

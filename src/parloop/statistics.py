@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,9 +11,8 @@ RESAMPLES = 10_000
 CHUNK = 500  # resamples at once
 
 
-@dataclass
-class Interval:
-    """A value with its 95% bootstrap interval."""
+class Interval(NamedTuple):
+    """A value with its 95% bootstrap interval; NaN where there is none."""
 
     value: float
     low: float
@@ -140,18 +140,16 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
 RULE = "the smallest loop count whose loss lies within the paired 95% interval of the best"
 
 
-def choose(losses: dict[int, float], differences: dict[int, Interval]) -> int:
-    """The recommended loop count.
+def choose(losses: dict[Any, float], differences: dict[Any, Interval]) -> Any:
+    """Return the recommended one of several models, by its name: the first, and so the cheapest, whose difference reaches zero.
 
     Args:
-        losses: loop count -> bits per byte.
-        differences: loop count -> its loss minus the best one's, paired.
+        losses: name -> bits per byte, from the cheapest model to the dearest.
+        differences: name -> its loss minus the best one's, paired.
 
     Raises:
-        ValueError: there are no loop counts, or one has no difference.
+        ValueError: there are none, or one has no difference.
     """
     if not losses or losses.keys() - differences.keys():
-        raise ValueError(
-            f"there are losses of {list(losses)} and differences of {list(differences)}: each loop count needs both."
-        )
-    return min(loops for loops in losses if differences[loops].low <= 0.0)
+        raise ValueError(f"there are losses of {list(losses)} and differences of {list(differences)}: each needs both.")
+    return next(name for name in losses if differences[name].low <= 0.0)

@@ -1,6 +1,7 @@
 """From a checkpoint on disk to the report: samples, command line, page; and the page in a real browser."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,12 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parloop.corpus import CorpusSettings, load_corpus, sources
 from parloop.corpus.samples import draw_samples, padded_batches, samples_of
-from parloop.diagnosis.checkpoint import default_folder, diagnose_checkpoint, diagnosis_folder, save_results
+from parloop.diagnosis.checkpoint import diagnose_checkpoint, diagnose_checkpoints
+from parloop.diagnosis.diagnosis import diagnose
+from parloop.diagnosis.figures import lens_figures
+from parloop.diagnosis.folders import default_folder, diagnosis_folder
 from parloop.diagnosis.lenses import LENSES
+from parloop.diagnosis.results import CheckpointDiagnosis, DiagnosisResult
 from parloop.diagnosis.text import choose_text, same_source
 from parloop.diagnosis.tokens import token_view
 from parloop.errors import OutputError, SourceError
-from parloop.report.page import labelled, write_diagnosis_report
 from parloop.train import ChatRecipe, Recipe
 from tests.helpers.models import random_ids, tiny_model
 from tests.helpers.sources import write_sources
@@ -57,10 +62,8 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    options = {"data": str(made / "text"), "samples": 6, "length": 48, "device": "cpu"}
-    records = [diagnose_checkpoint(made / f"r{R}", **options) for R in (2, 3)]
-    save_results(records, folder, "parloop diagnose")
-    return folder, records, write_diagnosis_report(records, folder, "parloop diagnose")
+    options = {"data": str(made / "text"), "samples": 6, "length": 48, "device": "cpu", "command": "parloop diagnose"}
+    return folder, diagnose_checkpoints([made / f"r{R}" for R in (2, 3)], folder, **options)
 
 
 def test_samples_are_the_same_every_time_and_of_different_documents(made):
@@ -129,19 +132,31 @@ def test_token_view_says_when_predictions_settle():
 
 
 def test_results_and_csv_hold_everything(report):
-    folder, records, _ = report
+    folder, result = report
     content = json.loads((folder / "results.json").read_text())
     assert [len(c["diagnosis"]["values"]["loss"]) for c in content["checkpoints"]] == [6, 6]
     assert set(content["checkpoints"][0]["diagnosis"]["values"]) == set(LENSES)
     rows = list(csv.DictReader((folder / "lenses.csv").open()))
-    expected = sum(len([x for x in loops if x]) for r in records for loops in r["diagnosis"]["summary"].values())
+    expected = sum(len([x for x in loops if x]) for one in result.checkpoints for loops in one.diagnosis.summary().values())
     assert len(rows) == expected
     assert {row["lens"] for row in rows} == set(LENSES)
 
 
+def test_the_result_is_in_the_folder_as_it_was_returned(report):
+    folder, result = report
+    again = DiagnosisResult.load(folder)
+    assert again.to_json() == result.to_json() == (folder / "results.json").read_text()
+    assert (again.folder, again.command) == (folder, "parloop diagnose")
+    for one, two in zip(again.checkpoints, result.checkpoints):
+        assert (one.verdict, one.tokens, one.settings) == (two.verdict, two.tokens, two.settings)
+        np.testing.assert_array_equal(one.diagnosis.values["gate"], two.diagnosis.values["gate"])
+    one = CheckpointDiagnosis.from_json(result.checkpoints[0].to_json())
+    assert one.to_json() == result.checkpoints[0].to_json()
+
+
 def test_page_is_self_contained_and_complete(report):
-    folder, _, page = report
-    text = page.read_text()
+    folder, _ = report
+    text = (folder / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
     assert not re.findall(r"url\((?!#)", text)
     names = ("scissors", "hidden", "attention", "output", "shares", "gates", "layers", "heads")
@@ -153,14 +168,31 @@ def test_page_is_self_contained_and_complete(report):
     assert "nan" not in re.sub(r"<svg.*?</svg>|<script.*?</script>", "", text, flags=re.S).lower().split()
 
 
-def test_checkpoints_are_told_apart():
-    records = [{"checkpoint": f"runs/{name}", "diagnosis": {"loops": R}} for name, R in (("a", 2), ("b", 2), ("c", 3))]
-    assert [record["label"] for record in labelled(records)] == ["a (R = 2)", "b (R = 2)", "R = 3"]
+@pytest.mark.parametrize("R", [(2,), (2, 3), (1, 2, 3)])
+def test_legends_lie_on_no_data(made, report, R):
+    """They are the figure's, above the axes; so of one checkpoint, of several, and of the scissors' two axes."""
+    diagnoses = {f"R = {n}": diagnose(tiny_model(plt_num_loops=n), [{"input_ids": random_ids(3, 20)}]) for n in R}
+    legends = 0
+    for name, figure in lens_figures(diagnoses).items():
+        figure.draw_without_rendering()
+        assert all(axes.get_legend() is None for axes in figure.axes), name
+        for legend in figure.legends:
+            tops = [axes.get_window_extent().y1 for axes in figure.axes if axes.get_visible()]
+            assert legend.get_window_extent().y0 >= max(tops), name
+            legends += 1
+    assert legends >= (2 if len(R) == 1 else 5)
+
+
+def test_checkpoints_are_told_apart(report):
+    one, two = report[1].checkpoints
+    records = [dataclasses.replace(one, checkpoint=f"runs/{name}") for name in "ab"] + [two]
+    assert DiagnosisResult("", records).labels() == ["a (R = 2)", "b (R = 2)", "R = 3"]
+    assert DiagnosisResult("", [one, one]).labels() == ["r2 (R = 2) [1]", "r2 (R = 2) [2]"]
 
 
 def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
-    record = diagnose_checkpoint(made / "r1", data=str(made / "text"), samples=3, length=32, device="cpu")
-    text = write_diagnosis_report([record], tmp_path, "parloop diagnose").read_text()
+    diagnose_checkpoints([made / "r1"], tmp_path, data=str(made / "text"), samples=3, length=32, device="cpu")
+    text = (tmp_path / "report.html").read_text()
     assert "One loop: there is nothing to compare yet." in text
     assert "figure-scissors" not in text
     assert "figure-hidden" in text
@@ -236,7 +268,8 @@ def test_page_in_a_browser(browser, report, width):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
-    _, records, page = report
+    folder, result = report
+    page, record = folder / "report.html", result.checkpoints[1]
     browser.set_window_size(width, 900)
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -245,7 +278,7 @@ def test_page_in_a_browser(browser, report, width):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     section = browser.find_element(By.ID, "tokens-2")
     tokens = section.find_elements(By.CSS_SELECTOR, "span.token[data-i]")
-    assert len(tokens) == len(records[1]["tokens"]["view"])
+    assert len(tokens) == len(record.tokens.view)
     peek = section.find_element(By.CSS_SELECTOR, ".peek")
     assert peek.text == "Choose a token."
 
@@ -253,10 +286,10 @@ def test_page_in_a_browser(browser, report, width):
     ActionChains(browser).move_to_element(tokens[3]).perform()
     rows = peek.find_elements(By.TAG_NAME, "tr")
     assert len(rows) == 1 + 3  # a head, and a row per loop
-    expected = records[1]["tokens"]["view"][3]["loops"]
+    expected = record.tokens.view[3]["loops"]
     assert [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows[1:]] == [str(loop["rank"]) for loop in expected]
     tokens[5].click()
-    expected = records[1]["tokens"]["view"][5]["loops"]
+    expected = record.tokens.view[5]["loops"]
     rows = peek.find_elements(By.TAG_NAME, "tr")
     assert [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows[1:]] == [str(loop["rank"]) for loop in expected]
     assert "chosen" in tokens[5].get_attribute("class")
@@ -318,15 +351,14 @@ def test_held_out_documents_only_are_drawn_from_training_text(trained, tmp_path,
     monkeypatch.chdir(tmp_path)
     corpus = load_corpus(Recipe.load("run/recipe.yaml").corpus_settings(), cache=tmp_path / "cache")
     record = diagnose_checkpoint("run", data="./text/../text", samples=1000, length=32, device="cpu")
-    assert record["settings"]["held_out_only"]
+    assert record.settings["held_out_only"]
     again = diagnose_checkpoint("run", samples=1000, length=32, device="cpu")
-    assert again["sample_hash"] == record["sample_hash"]
+    assert again.sample_hash == record.sample_hash
     held_out = zip(corpus.validation["name"], corpus.validation["text"])
     monkeypatch.setattr(sources, "read", None)  # with documents at hand the source is not read
     monkeypatch.setattr(sources, "read_all", None)
     assert (
-        diagnose_checkpoint("run", samples=1000, length=32, device="cpu", held_out=held_out)["sample_hash"]
-        == again["sample_hash"]
+        diagnose_checkpoint("run", samples=1000, length=32, device="cpu", held_out=held_out).sample_hash == again.sample_hash
     )
 
 

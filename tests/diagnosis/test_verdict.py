@@ -97,5 +97,5 @@ def test_another_count_than_trained_is_mentioned():
 @pytest.mark.parametrize("R", [2, 3, 4])
 def test_every_verdict_has_its_evidence(R):
     verdict = give_verdict(made_up(R, loss=list(np.linspace(3, 2, R))))
-    assert verdict.to_dict()["signals"][-1]["name"] == "one loop more"
+    assert verdict.signals[-1].name == "one loop more"
     assert len(verdict.signals) == (3 if R == 2 else 6)

@@ -1,5 +1,6 @@
 """`parloop eval` in this process: what is shown, asked for and refused."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from parloop.errors import EvaluationError
 from parloop.evaluate import run
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
 from parloop.evaluate.needs import Check
-from parloop.evaluate.results import save, settings_of
+from parloop.evaluate.results import BenchmarkResult, EvaluationResult, Model, save, settings_of
 from tests.helpers.models import tiny_config
 
 SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
@@ -41,15 +42,12 @@ def parloop(monkeypatch, capsys, tmp_path):
 def asked(monkeypatch):
     """Requests that would have been run."""
     asked = []
-    result = {
-        "title": "BFCL v3",
-        "unit": "%",
-        "value": 37.1234,
-        "items": {"a": 1.0, "b": 0.0},
-        "model": {"name": "toy[/]@2"},
-    }
-    loss = result | {"title": "held-out code", "unit": "bits per byte", "value": 1.23456}
-    monkeypatch.setattr(run, "evaluate", lambda request, console: asked.append(request) or [result, loss])
+    about = {"metric": "", "weights": None, "parts": {}, "data": "", "settings": {}, "settings_hash": "", "date": ""}
+    score = BenchmarkResult(
+        benchmark="bfcl_v3", title="BFCL v3", unit="%", value=37.1234, items={"a": 1.0, "b": 0.0}, model=Model("toy[/]@2", 2), **about
+    )  # fmt: skip
+    loss = dataclasses.replace(score, title="held-out code", unit="bits per byte", value=1.23456)
+    monkeypatch.setattr(run, "evaluate", lambda request, console: asked.append(request) or EvaluationResult([score, loss]))
     return asked
 
 

@@ -48,7 +48,8 @@ def request(name, **more):
 
 def commands(request, place):
     """As planned, a line each, without what differs between machines."""
-    ((benchmark, _, lines),) = plan(request)
+    (planned,) = plan(request)
+    benchmark, lines = planned.benchmark, planned.commands
     folders = {str(place): "HERE", sys.executable: "PYTHON", str(Path(run.__file__).parent): "PARLOOP"}
     folders |= {str(folder_of(environment)): f"TOOLS/{environment.name}" for environment in benchmark.environments}
     text = "\n".join(lines)

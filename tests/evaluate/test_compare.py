@@ -5,14 +5,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
-from parloop.evaluate.compare import compare, interval_of
+from parloop.evaluate.compare import Comparison, PairedTest, compare, interval_of
+from parloop.evaluate.report import scores_against_loops, write_report
 from parloop.evaluate.results import save, settings_of
-from parloop.report.figures import scores_against_loops
-from parloop.report.page import write_evaluation_report
-from parloop.report.terminal import evaluation_tables
 from parloop.statistics import mcnemar, wilson
 
 BFCL, HELD_OUT, SWE, SPOKEN = (benchmarks()[name] for name in ("bfcl_v3", "held_out", "swe_bench_verified", "multipl_e"))
@@ -45,12 +42,13 @@ def passed(pattern):
 def entry(folder, benchmark):
     """The benchmark's part of the comparison."""
     summary = compare([folder], folder)
-    assert json.loads((folder / "evaluation.json").read_text()) == summary
-    return next(entry for entry in summary["benchmarks"] if entry["benchmark"] == benchmark.name)
+    assert Comparison.load(folder) == Comparison.from_json(summary.to_json()) == summary
+    assert Comparison.load(folder).folder == summary.folder == folder
+    return next(entry for entry in summary.benchmarks if entry.benchmark == benchmark.name)
 
 
 def ours(entry):
-    return [row for row in entry["rows"] if row["source"] == "ours"]
+    return entry.ours
 
 
 # Statistics
@@ -108,9 +106,9 @@ def test_wilson_stays_within_none_and_all():
 def test_shares_have_wilsons_interval(tmp_path):
     saved(tmp_path, BFCL, 1, passed("1" * 81 + "0" * 182))
     (row,) = ours(entry(tmp_path, BFCL))
-    assert row["value"] == pytest.approx(100 * 81 / 263)
-    assert row["interval"] == pytest.approx([25.53, 36.62], abs=5e-3)
-    assert row["items"] == 263
+    assert row.value == pytest.approx(100 * 81 / 263)
+    assert row.interval == pytest.approx([25.53, 36.62], abs=5e-3)
+    assert row.items == 263
 
 
 def test_shares_of_samples_have_a_bootstrapped_one(tmp_path):
@@ -119,7 +117,7 @@ def test_shares_of_samples_have_a_bootstrapped_one(tmp_path):
     saved(tmp_path, BFCL, 1, {str(n): float(value) for n, value in enumerate(values)})
     (row,) = ours(entry(tmp_path, BFCL))
     error = 100 * values.std() / np.sqrt(200)
-    assert row["interval"] == pytest.approx([row["value"] - 1.96 * error, row["value"] + 1.96 * error], abs=0.3 * error)
+    assert row.interval == pytest.approx([row.value - 1.96 * error, row.value + 1.96 * error], abs=0.3 * error)
 
 
 def test_a_loss_over_bytes(tmp_path):
@@ -134,13 +132,13 @@ def test_a_value_lies_in_its_interval(tmp_path, items):
     """Of items that are all the same too, whatever is rounded."""
     saved(tmp_path, BFCL, 1, items)
     (row,) = ours(entry(tmp_path, BFCL))
-    assert row["interval"][0] <= row["value"] <= row["interval"][1]
+    assert row.interval[0] <= row.value <= row.interval[1]
     assert scores_against_loops(compare([tmp_path], tmp_path))
 
 
 def test_a_value_that_is_no_mean_of_items_has_none(tmp_path):
     saved(tmp_path, SPOKEN, 1, {"cpp/a": 1.0, "js/a": 0.0, "js/b": 0.0}, value=50.0)
-    assert ours(entry(tmp_path, SPOKEN))[0]["interval"] is None
+    assert ours(entry(tmp_path, SPOKEN))[0].interval is None
 
 
 @pytest.mark.parametrize("benchmark", [BFCL, HELD_OUT], ids=lambda benchmark: benchmark.name)
@@ -149,9 +147,9 @@ def test_one_item_has_no_interval_and_no_test(tmp_path, benchmark):
     for loops in (1, 2):
         saved(tmp_path, benchmark, loops, {"a": 0.3 * loops})
     found = entry(tmp_path, benchmark)
-    assert [row["interval"] for row in ours(found)] == [None, None]
-    assert [test["test"] for test in found["tests"]] == ["none: one item"]
-    assert evaluation_tables(compare([tmp_path], tmp_path))
+    assert [row.interval for row in ours(found)] == [None, None]
+    assert [test.test for test in found.tests] == ["none: one item"]
+    assert compare([tmp_path], tmp_path).format()
 
 
 # What is compared
@@ -163,25 +161,25 @@ def test_the_same_items_are_paired(tmp_path):
     saved(tmp_path, BFCL, 2, dict(reversed(passed("0111111110").items())))
     saved(tmp_path, BFCL, 4, passed("1100000000"), seed=9)
     found = entry(tmp_path, BFCL)
-    (test,) = found["tests"]
-    assert (test["base"], test["other"], test["test"]) == ("toy@1", "toy@2", "McNemar, exact")
-    assert (test["won"], test["lost"], test["items"]) == (7, 1, 10)
-    assert test["p"] == pytest.approx(2 * (1 + 8) / 256)
-    assert test["difference"] == pytest.approx(60.0)
-    assert len({row["settings"] for row in ours(found)}) == 2  # told apart
+    (test,) = found.tests
+    assert (test.base, test.other, test.test) == ("toy@1", "toy@2", "McNemar, exact")
+    assert (test.won, test.lost, test.items) == (7, 1, 10)
+    assert test.p == pytest.approx(2 * (1 + 8) / 256)
+    assert test.difference == pytest.approx(60.0)
+    assert len({row.settings for row in ours(found)}) == 2  # told apart
 
 
 def test_other_items_are_not_paired(tmp_path):
     saved(tmp_path, BFCL, 1, passed("110"))
     saved(tmp_path, BFCL, 2, passed("1101"))
-    (test,) = entry(tmp_path, BFCL)["tests"]
-    assert test == {"base": "toy@1", "other": "toy@2", "test": "none: the items differ"}
+    (test,) = entry(tmp_path, BFCL).tests
+    assert test == PairedTest("toy@1", "toy@2", "none: the items differ")
 
 
 def test_each_is_tested_against_the_fewest_loops(tmp_path):
     for loops in (4, 2, 3):
         saved(tmp_path, BFCL, loops, passed("10"))
-    assert [(test["base"], test["other"]) for test in entry(tmp_path, BFCL)["tests"]] == [
+    assert [(test.base, test.other) for test in entry(tmp_path, BFCL).tests] == [
         ("toy@2", "toy@3"),
         ("toy@2", "toy@4"),
     ]
@@ -189,10 +187,10 @@ def test_each_is_tested_against_the_fewest_loops(tmp_path):
 
 def test_unknown_loops_are_not_the_fewest(tmp_path):
     saved(tmp_path, BFCL, None, passed("11"), model="theirs")
-    assert entry(tmp_path, BFCL)["tests"] == []
+    assert entry(tmp_path, BFCL).tests == []
     for loops in (2, 3):
         saved(tmp_path, BFCL, loops, passed("10"))
-    assert [(test["base"], test["other"]) for test in entry(tmp_path, BFCL)["tests"]] == [
+    assert [(test.base, test.other) for test in entry(tmp_path, BFCL).tests] == [
         ("toy@2", "toy@3"),
         ("toy@2", "theirs"),
     ]
@@ -203,9 +201,9 @@ def test_a_difference_of_means_that_are_not_the_values_says_so(tmp_path, right):
     """Values of MultiPL-E are means of languages."""
     saved(tmp_path, SPOKEN, 1, {"cpp/a": 0.0, "js/a": 0.0, "js/b": 0.0}, value=0.0)
     saved(tmp_path, SPOKEN, 2, {"cpp/a": right, "js/a": 0.0, "js/b": 0.0}, value=50.0 * right)
-    (test,) = entry(tmp_path, SPOKEN)["tests"]
-    assert test["difference"] == pytest.approx(100 * right / 3)
-    assert test["test"].endswith(", of the items' means and not of the values")
+    (test,) = entry(tmp_path, SPOKEN).tests
+    assert test.difference == pytest.approx(100 * right / 3)
+    assert test.test.endswith(", of the items' means and not of the values")
     assert "of the items' means" in shown(compare([tmp_path], tmp_path))
 
 
@@ -220,39 +218,37 @@ def test_losses_are_paired_by_document_and_weighed_by_bytes(tmp_path):
 
     saved(tmp_path, HELD_OUT, 1, one, weights=sizes, value=total(one))
     saved(tmp_path, HELD_OUT, 2, two, weights=sizes, value=total(two))
-    (test,) = entry(tmp_path, HELD_OUT)["tests"]
-    assert test["test"] == "paired bootstrap over items"
-    assert test["difference"] == pytest.approx(total(two) - total(one))
-    low, high = test["interval"]
-    assert -0.2 <= low < test["difference"] < high < -0.15  # what documents have in common is taken out
+    (test,) = entry(tmp_path, HELD_OUT).tests
+    assert test.test == "paired bootstrap over items"
+    assert test.difference == pytest.approx(total(two) - total(one))
+    low, high = test.interval
+    assert -0.2 <= low < test.difference < high < -0.15  # what documents have in common is taken out
 
 
 def test_rows_say_who_measured_them(tmp_path):
     saved(tmp_path, BFCL, 2, passed("10"))
     summary = compare([tmp_path], tmp_path)
-    assert [entry["benchmark"] for entry in summary["benchmarks"]] == list(benchmarks())
-    for found in summary["benchmarks"]:
-        paper = benchmarks()[found["benchmark"]].paper
-        assert {int(loops): value for loops, value in found["paper"].items()} == paper
-        sources = [row["source"] for row in found["rows"]]
-        if found["benchmark"] == "bfcl_v3":
-            assert {row["loops"]: row["value"] for row in found["rows"] if row["source"] == "paper"} == paper
+    assert [entry.benchmark for entry in summary.benchmarks] == list(benchmarks())
+    for found in summary.benchmarks:
+        paper = benchmarks()[found.benchmark].paper
+        assert {int(loops): value for loops, value in found.paper.items()} == paper
+        sources = [row.source for row in found.rows]
+        if found.benchmark == "bfcl_v3":
+            assert {row.loops: row.value for row in found.rows if row.source == "paper"} == paper
         else:  # a line each
             assert sources == ["not run"]
-            assert all(str(value) in found["rows"][0]["model"] for value in paper.values())
-        assert sources.count("ours") == (found["benchmark"] == "bfcl_v3")
-        assert sources.count("not run") == (found["benchmark"] != "bfcl_v3")
-        assert all(row["value"] is None for row in found["rows"] if row["source"] == "not run")
-        assert all(
-            "interval" not in row and "tokens_per_solved" not in row for row in found["rows"] if row["source"] == "paper"
-        )
+            assert all(str(value) in found.rows[0].model for value in paper.values())
+        assert sources.count("ours") == (found.benchmark == "bfcl_v3")
+        assert sources.count("not run") == (found.benchmark != "bfcl_v3")
+        assert all(row.value is None for row in found.rows if row.source == "not run")
+        assert all(row.interval is row.tokens_per_solved is None for row in found.rows if row.source == "paper")
 
 
 def test_a_part_of_the_items_says_so(tmp_path):
     result = saved(tmp_path, BFCL, 2, passed("10"))
     (path,) = tmp_path.rglob("result.json")
-    path.write_text(json.dumps(result | {"settings": result["settings"] | {"limit": 5}}))
-    assert ours(entry(tmp_path, BFCL))[0]["limit"] == 5
+    path.write_text(json.dumps(json.loads(result.to_json()) | {"settings": result.settings | {"limit": 5}}))
+    assert ours(entry(tmp_path, BFCL))[0].limit == 5
     assert "first 5" in shown(compare([tmp_path], tmp_path))
 
 
@@ -271,12 +267,12 @@ def test_a_part_of_the_items_says_so(tmp_path):
 def test_cost_per_solved_item(tmp_path, items, cost, tokens, seconds):
     saved(tmp_path, BFCL, 2, items, cost=cost)
     (row,) = ours(entry(tmp_path, BFCL))
-    assert (row.get("tokens_per_solved"), row.get("seconds_per_solved")) == (tokens, seconds)
+    assert (row.tokens_per_solved, row.seconds_per_solved) == (tokens, seconds)
 
 
 def test_a_loss_solves_nothing(tmp_path):
     saved(tmp_path, HELD_OUT, 2, {"0": 1.5, "1": 2.0})
-    assert "tokens_per_solved" not in ours(entry(tmp_path, HELD_OUT))[0]
+    assert ours(entry(tmp_path, HELD_OUT))[0].tokens_per_solved is None
 
 
 # The report
@@ -301,10 +297,7 @@ def summary(tmp_path):
 
 
 def shown(summary):
-    console = Console(width=250, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in evaluation_tables(summary):
-        console.print(table)
-    return console.export_text()
+    return summary.format(250)
 
 
 def test_the_table(summary):
@@ -339,7 +332,8 @@ class Links(HTMLParser):
 
 
 def test_the_page(summary, tmp_path):
-    page = write_evaluation_report(summary, tmp_path, "parloop eval --report 'a b'")
+    summary.command = "parloop eval --report 'a b'"
+    page = write_report(summary, tmp_path)
     assert page == tmp_path / "report.html"
     read = Links(page.read_text())
     assert [link for link in read.links if not link.startswith("data:")] == []
@@ -371,13 +365,13 @@ def test_a_server_of_unknown_loops_has_a_row_and_no_point(tmp_path):
     saved(tmp_path, BFCL, None, passed("10"), model="theirs")
     summary = compare([tmp_path], tmp_path)
     assert "theirs" in shown(summary)
-    assert write_evaluation_report(summary, tmp_path, "x").exists()
+    assert (tmp_path / "report.html").exists()
     assert not any(axes.get_visible() for axes in scores_against_loops(summary).axes)
 
 
 def test_settings_are_told_apart_in_the_table(tmp_path):
     """By the beginnings of their hashes, which may look like markup."""
-    hashes = [saved(tmp_path, BFCL, 2, passed("10"), seed=seed)["settings_hash"][:6] for seed in range(4)]
+    hashes = [saved(tmp_path, BFCL, 2, passed("10"), seed=seed).settings_hash[:6] for seed in range(4)]
     assert any(name[0].isalpha() for name in hashes)
     text = shown(compare([tmp_path], tmp_path))
     assert [name for name in hashes if f"[{name}]" not in text] == []

@@ -1,13 +1,23 @@
 """Files of results: what tells measurements apart, whose a folder is, what is loaded, and what is put side by side."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from parloop.errors import EvaluationError
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
-from parloop.evaluate.results import checkpoint_hash, claim, groups, hash_of, load_results, save, settings_of
+from parloop.evaluate.results import (
+    BenchmarkResult,
+    checkpoint_hash,
+    claim,
+    groups,
+    hash_of,
+    load_results,
+    save,
+    settings_of,
+)
 
 BENCHMARK = benchmarks()["bfcl_v3"]
 MODEL = {"name": "toy@2", "loops": 2, "checkpoint": "toy", "hash": "abc", "engine": "transformers"}
@@ -39,16 +49,16 @@ def test_how_fast_and_from_where_is_no_setting(tmp_path, change):
 )  # fmt: skip
 def test_what_changes_the_number_changes_the_hash(tmp_path, change):
     one, other = saved(tmp_path / "one"), saved(tmp_path / "other", **change)
-    assert one["settings_hash"] != other["settings_hash"]
+    assert one.settings_hash != other.settings_hash
 
 
 def test_other_data_is_another_measurement(tmp_path):
-    assert saved(tmp_path / "one")["settings_hash"] != saved(tmp_path / "other", data="v4")["settings_hash"]
+    assert saved(tmp_path / "one").settings_hash != saved(tmp_path / "other", data="v4").settings_hash
 
 
 def test_the_model_is_no_setting(tmp_path):
     one, other = saved(tmp_path / "one"), saved(tmp_path / "other", model="other@4", loops=4)
-    assert one["settings_hash"] == other["settings_hash"]
+    assert one.settings_hash == other.settings_hash
 
 
 def test_the_hash_does_not_depend_on_the_order_of_settings():
@@ -127,9 +137,11 @@ def test_every_item_is_kept(tmp_path):
     items = {f"item {n}/é": n / 7 for n in range(8)}
     written = saved(tmp_path / "a", items=items)
     (loaded,) = load_results([tmp_path])
-    assert loaded["items"] == items
-    assert loaded == written | {"path": str(tmp_path / "a" / "result.json")}
-    assert loaded["value"] == pytest.approx(100 * 0.5)
+    assert loaded.items == items
+    assert loaded == written
+    assert loaded.path == written.path == tmp_path / "a" / "result.json"
+    assert BenchmarkResult.from_json(written.to_json()) == written
+    assert loaded.value == pytest.approx(100 * 0.5)
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -140,13 +152,30 @@ def test_folders_that_overlap_count_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [("", "Expecting value"), ("{", "Expecting"), ("[]", "it has no benchmark"), ("[1]", ""), ("3", ""), ('{"accuracy": 1}', "it has no benchmark")],
+    [("", "Expecting value"), ("{", "Expecting"), ("[]", "it holds list"), ("[1]", ""), ("3", ""), ('{"accuracy": 1}', "it has no benchmark")],
 )  # fmt: skip
 def test_a_file_that_is_no_result(tmp_path, content, why):
     saved(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_text(content)
     with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): take it away"):
+        load_results([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"items": [1]}, {"items": {"a": "b"}}, {"items": {"a": math.nan}}, {"value": "x"}, {"value": math.inf}, {"weights": [1]},
+        {"benchmark": ["bfcl_v3"]}, {"settings_hash": {}}, {"unit": 3}, {"settings": []}, {"model": {"loops": "1", "name": "x"}},
+        {"model": {"loops": 1, "name": 3}}, {"model": []}, {"value": 10**400}, {"format": 99},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_with_values_of_another_kind(tmp_path, change):
+    saved(tmp_path)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
         load_results([tmp_path])
 
 
@@ -176,9 +205,9 @@ def test_only_the_same_settings_are_one_group(tmp_path):
     ):
         saved(tmp_path / str(number), model=f"toy@{loops}", loops=loops, **more)
     found = groups(load_results([tmp_path]))
-    assert sorted([result["model"]["loops"] for result in group.by_model()] for group in found) == [[1, 2, 4], [2], [3], [3]]
+    assert sorted([result.model.loops for result in group.by_model()] for group in found) == [[1, 2, 4], [2], [3], [3]]
     for group in found:
-        assert {result["settings_hash"] for result in group.results} == {group.settings_hash}
+        assert {result.settings_hash for result in group.results} == {group.settings_hash}
 
 
 def test_order_is_by_loops_then_by_name(tmp_path):
@@ -186,4 +215,4 @@ def test_order_is_by_loops_then_by_name(tmp_path):
     for number, (name, loops) in enumerate([("b@2", 2), ("c", None), ("a@2", 2), ("z@1", 1)]):
         saved(tmp_path / str(number), model=name, loops=loops)
     (group,) = groups(load_results([tmp_path]))
-    assert [result["model"]["name"] for result in group.by_model()] == ["z@1", "a@2", "b@2", "c"]
+    assert [result.model.name for result in group.by_model()] == ["z@1", "a@2", "b@2", "c"]

@@ -16,6 +16,7 @@ from parloop.errors import CheckpointError, EvaluationError, OutputError
 from parloop.evaluate import results, run, serving
 from parloop.evaluate.benchmark import Benchmark, Needs, Outcome, Step, benchmarks
 from parloop.evaluate.needs import Check
+from parloop.evaluate.results import BenchmarkResult, Model
 from parloop.evaluate.run import Request, evaluate
 from tests.helpers.models import tiny_config
 from tests.helpers.scripted import Scripted
@@ -98,17 +99,18 @@ def asked(server):
 def test_a_result_holds_all_that_its_number_depends_on(known, server, tmp_path):
     known(made())
     (result,) = evaluate(request(server, tmp_path), QUIET)
-    assert json.loads((folder(tmp_path) / "result.json").read_text()) == result
-    assert result["items"] == {"0": 1.0, "1": 0.0, "2": 1.0}
-    assert result["value"] == pytest.approx(200 / 3)
-    assert result["paper"] == 50.0
-    assert result["settings"] == {"benchmark": "one", "tool": "one-tool 1.0", "limit": None, "temperature": 0.0}
-    assert result["model"] == {"name": "toy@2", "loops": 2, "checkpoint": None, "hash": None, "engine": "unknown"}
-    assert {name: result["cost"][name] for name in ("requests", "prompt_tokens", "completion_tokens", "failures")} == {
+    assert BenchmarkResult.load(folder(tmp_path)) == result
+    assert result.items == {"0": 1.0, "1": 0.0, "2": 1.0}
+    assert result.value == pytest.approx(200 / 3)
+    assert result.paper == 50.0
+    assert result.settings == {"benchmark": "one", "tool": "one-tool 1.0", "limit": None, "temperature": 0.0}
+    assert result.model == Model("toy@2", 2, checkpoint=None, hash=None, engine="unknown")
+    assert {name: result.cost[name] for name in ("requests", "prompt_tokens", "completion_tokens", "failures")} == {
         "requests": 3, "prompt_tokens": 30, "completion_tokens": 15, "failures": 0,
     }  # fmt: skip
-    assert result["steps"][0].startswith(sys.executable)
-    assert {"seconds", "command", "environment", "date", "data"} <= result.keys()
+    assert result.steps[0].startswith(sys.executable)
+    assert result.seconds > 0
+    assert all((result.command, result.environment, result.date, result.data))
 
 
 def test_what_is_complete_is_left_alone(known, server, tmp_path):
@@ -116,8 +118,8 @@ def test_what_is_complete_is_left_alone(known, server, tmp_path):
     first = evaluate(request(server, tmp_path), QUIET)
     (again,) = evaluate(request(server, tmp_path), QUIET)
     assert asked(server) == [0, 1, 2]
-    assert again["date"] == first[0]["date"]
-    assert again["items"] == first[0]["items"]
+    assert again.date == first[0].date
+    assert again.items == first[0].items
 
 
 def test_fresh_starts_over(known, server, tmp_path):
@@ -126,8 +128,8 @@ def test_fresh_starts_over(known, server, tmp_path):
     (folder(tmp_path) / "work" / "answers.jsonl").write_text('{"id": 0, "right": false}\n')
     (result,) = evaluate(request(server, tmp_path, fresh=True), QUIET)
     assert asked(server) == 3 * [0, 1, 2]
-    assert result["cost"]["requests"] == 3
-    assert result["items"]["0"] == 1.0
+    assert result.cost["requests"] == 3
+    assert result.items["0"] == 1.0
     assert (folder(tmp_path, "two") / "result.json").exists()
 
 
@@ -214,7 +216,7 @@ def test_a_tool_that_fails_leaves_no_result(known, server, tmp_path, benchmark, 
 
 def test_exit_codes_that_a_step_allows(known, server, tmp_path):
     known(made(steps=shell("exit 1", exit_codes=(0, 1)), parse=lambda job: Outcome({"a": 1.0})))
-    assert evaluate(request(server, tmp_path), QUIET)[0]["value"] == 100.0
+    assert evaluate(request(server, tmp_path), QUIET)[0].value == 100.0
 
 
 def test_one_that_fails_does_not_keep_others_from_running(known, server, tmp_path):
@@ -257,7 +259,7 @@ def test_a_finished_result_needs_nothing(known, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "check", lambda *_: [Check("Docker", False, "install it")])
     monkeypatch.setattr(run, "server_version", lambda url: "another")
     (kept,) = evaluate(request(server, tmp_path), QUIET)
-    assert kept["items"] == made_now["items"]
+    assert kept.items == made_now.items
     with pytest.raises(EvaluationError, match="one cannot run here: Docker"):
         evaluate(request(server, tmp_path, fresh=True), QUIET)
     assert (folder(tmp_path) / "result.json").exists()
@@ -296,29 +298,29 @@ def test_seconds_are_those_of_all_runs(known, server, tmp_path):
     path.write_text("1000\n")
     known(made())
     (result,) = evaluate(request(server, tmp_path), QUIET)
-    assert 1000 < result["seconds"] < 1060
+    assert 1000 < result.seconds < 1060
 
 
 @pytest.mark.parametrize("where", ["claim", "result"])
 def test_a_full_disk_loses_nothing(known, server, tmp_path, monkeypatch, where):
     known(made())
-    full = {"claim": results.SETTINGS, "result": results.RESULT}[where]
-    write = results.write_json
+    full, writer = {"claim": (results.SETTINGS, "write_json"), "result": (results.RESULT, "write_text")}[where]
+    write = getattr(results, writer)
 
     def fails(path, content):
         if path.name == full:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(results, "write_json", fails)
+    monkeypatch.setattr(results, writer, fails)
     with pytest.raises(
         EvaluationError, match=r"the disk of .*out is full: make room, and run the same command again; nothing is lost"
     ):
         evaluate(request(server, tmp_path), QUIET)
-    monkeypatch.setattr(results, "write_json", write)
+    monkeypatch.setattr(results, writer, write)
     (result,) = evaluate(request(server, tmp_path), QUIET)
     assert asked(server) == [0, 1, 2]
-    assert len(result["items"]) == result["cost"]["requests"] == 3
+    assert len(result.items) == result.cost["requests"] == 3
 
 
 def test_other_errors_of_the_disk_are_not_called_full(known, server, tmp_path, monkeypatch):
@@ -353,7 +355,7 @@ def test_an_interrupted_run_goes_on_where_it_was(known, tmp_path, monkeypatch):
         assert not (folder(tmp_path) / "result.json").exists()
         (result,) = evaluate(request(server, tmp_path), QUIET)
     assert asked(server) == [0, 1, 2, 2]
-    assert result["items"] == {"0": 1.0, "1": 1.0, "2": 1.0}
+    assert result.items == {"0": 1.0, "1": 1.0, "2": 1.0}
 
 
 # Servers
@@ -377,7 +379,7 @@ def test_a_server_that_fails_for_good_ends_a_tool_that_never_gives_up(known, tmp
         server.requests.clear()
         (result,) = evaluate(request(server, tmp_path), QUIET)
     assert asked(server)[-2:] == [1, 2]  # before them, perhaps, what the ended tool asked last
-    assert result["cost"]["failures"] >= 12
+    assert result.cost["failures"] >= 12
 
 
 def test_the_servers_failure_is_told_with_the_tools(known, tmp_path):
@@ -456,11 +458,11 @@ def test_a_server_for_each_loop_count(known, served, checkpoint, tmp_path):
     )
     found = evaluate(asks, QUIET)
     assert [(loops, options) for loops, options, _ in served.started] == [(1, ["--device", "cpu"]), (3, ["--device", "cpu"])]
-    assert [(r["benchmark"], r["model"]["name"], r["model"]["loops"]) for r in found] == [
+    assert [(r.benchmark, r.model.name, r.model.loops) for r in found] == [
         ("one", "tiny@1", 1), ("two", "tiny@1", 1), ("one", "tiny@3", 3), ("two", "tiny@3", 3),
     ]  # fmt: skip
-    assert len({r["settings_hash"] for r in found if r["benchmark"] == "one"}) == 1
-    assert len({r["model"]["hash"] for r in found}) == 1
+    assert len({r.settings_hash for r in found if r.benchmark == "one"}) == 1
+    assert len({r.model.hash for r in found}) == 1
     evaluate(asks, QUIET)
     assert len(served.started) == 2  # all is there
 
@@ -477,7 +479,7 @@ def test_the_servers_log_is_beside_the_results(known, served, checkpoint, tmp_pa
 def test_the_trained_loop_count_is_the_default(known, served, checkpoint, tmp_path):
     known(made())
     (result,) = evaluate(Request(["one"], checkpoint=checkpoint, output=tmp_path / "out"), QUIET)
-    assert result["model"]["loops"] == 2
+    assert result.model.loops == 2
 
 
 def test_only_what_is_missing_starts_a_server(known, served, checkpoint, tmp_path):
@@ -491,7 +493,7 @@ def test_only_what_is_missing_starts_a_server(known, served, checkpoint, tmp_pat
 def test_what_loads_the_checkpoint_itself_starts_none(known, served, checkpoint, tmp_path):
     known(made(steps=shell("true"), parse=lambda job: Outcome({job.checkpoint: 1.0}), needs_server=False))
     (result,) = evaluate(Request(["one"], checkpoint=checkpoint, output=tmp_path / "out"), QUIET)
-    assert list(result["items"]) == [checkpoint]
+    assert list(result.items) == [checkpoint]
     assert served.started == []
 
 
@@ -500,7 +502,7 @@ def test_the_engine_is_what_our_server_says(known, served, checkpoint, tmp_path,
     """However it was asked for. What loads the checkpoint itself has the library that it loads it with, whatever runs beside."""
     known(made(), made("two", steps=shell("true"), parse=lambda job: Outcome({"a": 1.0}), needs_server=False))
     asks = Request(["one", "two"], checkpoint=checkpoint, output=tmp_path / "out", serve_options=options)
-    assert [result["model"]["engine"] for result in evaluate(asks, QUIET)] == ["some engine 1.2", "transformers"]
+    assert [result.model.engine for result in evaluate(asks, QUIET)] == ["some engine 1.2", "transformers"]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +520,7 @@ def test_the_engine_of_a_server_that_runs(known, server, tmp_path, version, engi
     known(made())
     server.version, server.url = version, server.url + slash
     (result,) = evaluate(request(server, tmp_path), QUIET)
-    assert result["model"]["engine"] == engine
+    assert result.model.engine == engine
 
 
 @pytest.mark.parametrize("on_error", ["stop", "go on"])
@@ -533,7 +535,7 @@ def test_our_server_that_ends_is_started_again(known, served, server, checkpoint
     (result,) = evaluate(Request(["one"], checkpoint=checkpoint, output=tmp_path / "out"), QUIET)
     assert served.started[0][2].starts == 2
     assert asked(server).count(0) == 1
-    assert result["items"] == {"0": 1.0, "1": 0.0, "2": 1.0}
+    assert result.items == {"0": 1.0, "1": 0.0, "2": 1.0}
 
 
 def test_our_server_that_ends_again_and_again(known, served, server, checkpoint, tmp_path):

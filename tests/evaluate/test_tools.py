@@ -90,10 +90,10 @@ def test_evalplus_scores_right_and_wrong_answers(tmp_path, body, value):
             data=problems(tmp_path / "p.jsonl"),
         )
         (result,) = evaluate(request, QUIET)
-    assert result["value"] == value
-    assert result["parts"]["HumanEval (without the added tests)"] == (0.0 if body.startswith("len") else 100.0)
-    assert result["items"] == {"HumanEval/0": value / 100}
-    assert result["cost"] == {
+    assert result.value == value
+    assert result.parts["HumanEval (without the added tests)"] == (0.0 if body.startswith("len") else 100.0)
+    assert result.items == {"HumanEval/0": value / 100}
+    assert result.cost == {
         "requests": 1,
         "prompt_tokens": 10,
         "completion_tokens": 5,
@@ -102,7 +102,7 @@ def test_evalplus_scores_right_and_wrong_answers(tmp_path, body, value):
     }
     assert server.requests[0]["model"] == "toy@2"
     assert server.requests[0]["temperature"] == 0
-    assert result["paper"] == 84.1
+    assert result.paper == 84.1
 
 
 def test_evalplus_against_our_server(checkpoint, tmp_path):
@@ -112,17 +112,17 @@ def test_evalplus_against_our_server(checkpoint, tmp_path):
         serve_options=["--engine", "transformers", "--device", "cpu"],
     )  # fmt: skip
     one, two = evaluate(request, QUIET)
-    assert [result["model"]["name"] for result in (one, two)] == ["tiny@1", "tiny@2"]
+    assert [result.model.name for result in (one, two)] == ["tiny@1", "tiny@2"]
     assert one["value"] == two["value"] == 0.0
     assert one["settings_hash"] == two["settings_hash"]
-    assert one["model"]["hash"] == two["model"]["hash"]
-    assert one["model"]["engine"] == f"transformers {transformers.__version__}"
-    assert two["cost"]["requests"] >= 1
-    assert two["cost"]["completion_tokens"] > 0
+    assert one.model.hash == two.model.hash
+    assert one.model.engine == f"transformers {transformers.__version__}"
+    assert two.cost["requests"] >= 1
+    assert two.cost["completion_tokens"] > 0
     # Everything is there: nothing is started or asked again.
     again = evaluate(request, QUIET)
-    assert [result["value"] for result in again] == [0.0, 0.0]
-    assert [result["cost"] for result in again] == [one["cost"], two["cost"]]
+    assert [result.value for result in again] == [0.0, 0.0]
+    assert [result.cost for result in again] == [one.cost, two.cost]
 
 
 def test_what_a_model_writes_cannot_reach_out_of_the_sandbox(tmp_path):
@@ -158,7 +158,7 @@ def test_what_a_model_writes_cannot_reach_out_of_the_sandbox(tmp_path):
     assert not (tmp_path / "escaped").exists()
     assert not Path("/usr/escaped").exists()
     assert not Path("~root/escaped").expanduser().exists()
-    assert result["value"] in (0.0, 100.0)
+    assert result.value in (0.0, 100.0)
 
 
 def test_a_server_that_fails_half_way_costs_nothing(tmp_path):
@@ -187,9 +187,9 @@ def test_a_server_that_fails_half_way_costs_nothing(tmp_path):
         asked = len(server.requests)
         (result,) = evaluate(request, QUIET)
         assert len(server.requests) - asked == 2
-    assert result["value"] == 100.0
-    assert len(result["items"]) == 5
-    assert result["cost"]["failures"] >= 12
+    assert result.value == 100.0
+    assert len(result.items) == 5
+    assert result.cost["failures"] >= 12
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_a_server_that_dies_is_started_again(checkpoint, tmp_path, monkeypatch):
     )  # fmt: skip
     (result,) = evaluate(request, QUIET)
     assert killed
-    assert result["cost"]["failures"] >= 1
-    assert result["value"] == 0.0
+    assert result.cost["failures"] >= 1
+    assert result.value == 0.0
 
 
 # lm-eval
@@ -265,13 +265,13 @@ def test_lm_eval_counts_what_we_count(checkpoint, texts, tmp_path, loops):
     (result,) = evaluate(request, QUIET)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     ours = evaluate_documents(model, tokenizer, rows, 128, num_loops=loops, as_lm_eval=True)
-    assert result["value"] == pytest.approx(ours.bits_per_byte[-1], abs=1e-5)
+    assert result.value == pytest.approx(ours.bits_per_byte[-1], abs=1e-5)
     per_document = ours.nll[:, -1] / np.log(2) / ours.bytes
     for number, value in enumerate(per_document):
-        assert result["items"][str(number)] == pytest.approx(value, abs=1e-4)
+        assert result.items[str(number)] == pytest.approx(value, abs=1e-4)
     # Our own count predicts <eos> too, and does not fill the last window: near, and not the same.
     plain = evaluate_documents(model, tokenizer, rows, 128, num_loops=loops).bits_per_byte[-1]
-    assert 1e-4 < abs(plain - result["value"]) < 0.2
+    assert 1e-4 < abs(plain - result.value) < 0.2
 
 
 @pytest.fixture(scope="module")
@@ -407,8 +407,8 @@ def test_bfcl_asks_and_a_dead_server_is_no_score(tmp_path):
         assert 10 <= len(server.requests) - asked <= 16  # what failed, and not what was answered
     assert server.requests[0]["seed"] == 3
     assert server.requests[0]["top_p"] == 0.85
-    assert len(result["items"]) == 16
-    assert result["value"] == 0.0
+    assert len(result.items) == 16
+    assert result.value == 0.0
 
 
 # inspect
@@ -452,14 +452,14 @@ def test_inspect_asks_again_what_failed(inspect_request):
         asked = len(server.requests)
         (result,) = evaluate(request, QUIET)
         assert len(server.requests) - asked == 1
-    assert result["items"] == {"s0": 1.0, "s1": 1.0, "s2": 0.0}
+    assert result.items == {"s0": 1.0, "s1": 1.0, "s2": 0.0}
 
 
 def test_inspect_against_our_server(checkpoint, inspect_request):
     request = inspect_request(checkpoint=str(checkpoint), serve_options=["--engine", "transformers", "--device", "cpu"])
     (result,) = evaluate(request, QUIET)
-    assert result["value"] == 0.0
-    assert len(result["items"]) == 3
+    assert result.value == 0.0
+    assert len(result.items) == 3
 
 
 # Agents

@@ -1,9 +1,11 @@
 """The study from end to end at tiny size: runs, resumption, results, report, terminal, command line."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,16 +17,17 @@ from rich.console import Console
 
 from parloop.corpus import load_corpus, sources
 from parloop.diagnosis.checkpoint import diagnose_checkpoint
-from parloop.errors import OutputError, RecipeError
+from parloop.diagnosis.figures import CAPTIONS
+from parloop.diagnosis.results import CheckpointDiagnosis
+from parloop.errors import OutputError, RecipeError, SourceError
 from parloop.folder import STUDY, claimed, locked
 from parloop.model.flops import forward_flops_per_token, training_flops_per_token
-from parloop.report import figures
-from parloop.report.lens_figures import CAPTIONS
-from parloop.report.page import write_study_report
-from parloop.report.terminal import study_tables
-from parloop.study import run_study
+from parloop.study import Arm, StudyResult, arms, figures, run_study, runs
+from parloop.study.arms import columns, lines
 from parloop.study.measure import cache_bytes_of, peak_training_bytes
-from parloop.study.study import diagnosis_of
+from parloop.study.report import write_report
+from parloop.study.runs import look_at, plan
+from parloop.study.study import default_folder
 from parloop.train import Recipe
 from parloop.train.pretrain import train
 from tests.helpers.sources import write_sources
@@ -68,33 +71,54 @@ def study(recipe, tmp_path_factory):
 
 
 def test_results_are_complete(study):
-    folder, results = study
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert [row["loops"] for row in results["rows"]] == [1, 2, 3]
-    for row in results["rows"]:
-        n = row["loops"]
-        value, low, high = row["bits_per_byte"]
+    folder, result = study
+    assert [row.arm for row in result.rows] == [Arm(1), Arm(2), Arm(3)]
+    for row in result.rows:
+        n = row.arm.loops
+        value, low, high = row.bits_per_byte
         assert low <= value <= high
-        assert len(row["bits_per_byte_after_loop"]) == n
-        assert row["bits_per_byte_after_loop"][-1] == pytest.approx(value)
-        assert row["training_tokens"] == 20 * 4 * 32
-        assert 0 < row["next_token_accuracy"] < 1
-        for name in ("prefill_ms", "decode_ms", "decode_pass_per_loop_ms", "training_tokens_per_second", "training_seconds"):
-            assert row[name] > 0
-        assert row["cache_bytes"]["per_token"] == 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head size, float32
-        assert row["cache_bytes"]["fixed"] == (n - 1) * (2 * 2 * 8 * 2 * 8 * 4 + 32 * 4)
-        assert len(row["loss_curves"]) == 2
-        assert len(row["runs"]) == 2
-    assert results["rows"][0]["difference_to_base"] == [0, 0, 0]
-    assert results["chosen"] in (1, 2, 3)
-    assert results["verdict"].startswith(f"Take R = {results['chosen']}. ")
-    assert results["environment"]["torch"]
-    peaks = [row["peak_training_bytes"] for row in results["rows"]]
+        assert len(row.bits_per_byte_after_loop) == n
+        assert row.bits_per_byte_after_loop[-1] == pytest.approx(value)
+        assert row.training_tokens == 20 * 4 * 32
+        assert 0 < row.next_token_accuracy < 1
+        assert row.training_tokens_per_second > 0
+        assert row.training_seconds > 0
+        costs = row.costs
+        for time in (costs.prefill_ms, costs.decode_ms, costs.decode_pass_per_loop_ms):
+            assert 0 < time.low <= time.median <= time.high
+        assert costs.cache_bytes.per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head size, float32
+        assert costs.cache_bytes.fixed == (n - 1) * (2 * 2 * 8 * 2 * 8 * 4 + 32 * 4)
+        assert len(row.loss_curves) == 2
+        assert row.runs == [f"r{n}-seed0", f"r{n}-seed1"]
+        assert (folder / row.diagnosis).exists()
+    assert result.rows[0].difference_to_base == (0, 0, 0)
+    assert result.row(result.best).difference_to_best == (0, 0, 0)
+    assert result.base == "r1"
+    assert result.chosen in ("r1", "r2", "r3")
+    assert result.verdict.headline == f"Take R = {result.chosen[1:]}."
+    assert result.environment["torch"]
+    peaks = [row.costs.peak_training_bytes for row in result.rows]
     assert peaks == sorted(peaks)
 
 
+def test_the_result_is_in_the_folder_as_it_was_returned(study):
+    folder, result = study
+    assert StudyResult.load(folder) == result
+    assert StudyResult.load(folder).folder == result.folder == folder
+    assert StudyResult.from_json(result.to_json()) == result
+    assert "diagnoses" not in json.loads(result.to_json())  # the runs have them
+
+
+def test_the_report_is_there_without_the_command_line(study):
+    folder, result = study
+    made = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"results.json", "report.html", "README.md", "loss.png", "curves.png", "cost.png"} <= made
+    assert f"parloop generate {folder}/r2-seed0" in (folder / "README.md").read_text()
+    assert str(result.verdict) in (folder / "README.md").read_text()
+
+
 def test_running_again_keeps_what_is_done_and_continues_what_is_not(study, recipe, monkeypatch):
-    folder, results = study
+    folder, result = study
     (folder / "r2-seed1" / "training.json").unlink()  # as if interrupted before its end
     built = []
     from parloop.train import pretrain
@@ -103,22 +127,22 @@ def test_running_again_keeps_what_is_done_and_continues_what_is_not(study, recip
     monkeypatch.setattr(pretrain, "build_model", lambda *a: built.append(a[0].num_loops) or original(*a))
     again = run_study(recipe, folder, loops=[1, 2, 3], seeds=2, console=QUIET)
     assert built == [2]
-    for one, two in zip(results["rows"], again["rows"]):
-        assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], abs=1e-6)
+    for one, two in zip(result.rows, again.rows):
+        assert one.bits_per_byte == pytest.approx(two.bits_per_byte, abs=1e-6)
 
 
 def test_seeds_differ_and_loops_share_their_data(study):
-    rows = study[1]["rows"]
-    assert rows[0]["loss_curves"][0] != rows[0]["loss_curves"][1]
+    row = study[1].rows[0]
+    assert row.loss_curves[0] != row.loss_curves[1]
 
 
 def test_equal_compute(recipe, tmp_path):
-    results = run_study(recipe, tmp_path, loops=[1, 3], match="compute", console=QUIET)
-    flops = [row["training_flops"] for row in results["rows"]]
+    result = run_study(recipe, tmp_path, loops=[1, 3], match="compute", console=QUIET)
+    flops = [row.training_flops for row in result.rows]
     assert flops[0] == pytest.approx(flops[1], rel=0.05)
-    tokens = [row["training_tokens"] for row in results["rows"]]
+    tokens = [row.training_tokens for row in result.rows]
     assert tokens[0] > 2 * tokens[1]
-    assert "the same training compute" in results["verdict"]
+    assert "the same training compute" in result.verdict.evidence
 
 
 def test_a_study_of_another_recipe_is_refused(study, recipe):
@@ -158,28 +182,25 @@ class Links(HTMLParser):
 
 
 def test_the_report_is_one_file_that_fetches_nothing(study):
-    folder, results = study
-    page = write_study_report(results, folder)
-    html = page.read_text()
+    folder, result = study
+    html = (folder / "report.html").read_text()
     parser = Links()
     parser.feed(html)
     assert parser.fetched == []
     assert "@import" not in html
     assert parser.svgs == 3 + len(CAPTIONS)
     text = " ".join(parser.text)
-    assert f"Take R = {results['chosen']}." in text
-    for row in results["rows"]:
-        assert f"{row['bits_per_byte'][0]:.3f}" in text
+    assert result.verdict.headline in text
+    for row in result.rows:
+        assert f"{row.bits_per_byte.value:.3f}" in text
     assert {path.name for path in folder.glob("*.png")} == {"loss.png", "curves.png", "cost.png"} | {
         f"lenses-{name}.png" for name in CAPTIONS
     }
-    readme = (folder / "README.md").read_text()
-    assert f"parloop generate {folder}/r2-seed0" in readme
 
 
 def test_the_report_says_what_to_type_from_where_it_was_written(study):
-    folder, results = study
-    html = write_study_report(results, folder).read_text()
+    folder, result = study
+    html = write_report(result, folder).read_text()
     for name in ("r1-seed0", "r2-seed0", "r3-seed0"):
         assert f"parloop generate {folder}/{name}" in html
 
@@ -200,30 +221,94 @@ def test_one_loop_count_is_no_comparison(recipe, tmp_path):
     small = Recipe(**(vars(recipe) | {"tokens": 4 * 8 * 32, "eval_every": 0}))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        results = run_study(small, tmp_path, loops=[2], console=QUIET)
-        html = write_study_report(results, tmp_path).read_text()
-    assert results["verdict"].startswith("Nothing was compared. R = 2 is the only loop count")
-    assert "--loops 1 2 3" in results["verdict"]
+        result = run_study(small, tmp_path, loops=[2], console=QUIET)
+    html = (tmp_path / "report.html").read_text()
+    assert result.verdict.headline == "Nothing was compared."
+    assert result.verdict.evidence.startswith("R = 2 is the only loop count")
+    assert "--loops 1 2 3" in result.verdict.evidence
     assert "<strong>Nothing was compared.</strong> R = 2 is" in html
-    assert "no smaller count" not in html
+    assert "cheaper" not in html
 
 
 def test_figures_of_many_loops(study):
-    results = copy.deepcopy(study[1])
-    results["rows"][-1] |= {"loops": 12, "bits_per_byte_after_loop": [2.0] * 12}
-    figures.plt.close(figures.loss_against_loops(results))
-    figures.plt.close(figures.loss_curves(results))
+    result = copy.deepcopy(study[1])
+    result.rows[-1].arm = Arm(12)
+    result.rows[-1].bits_per_byte_after_loop = [2.0] * 12
+    top, bottom = figures.loss_against_loops(result).axes
+    assert bottom.get_xticks().tolist() == [1, 2, 12]
+    assert len([line for line in top.get_lines() if line.get_label().startswith("read out after loop")]) == 11
+    labels = [line.get_label() for line in figures.loss_curves(result).axes[0].get_lines()]
+    assert "R = 12" in labels
 
 
-def test_tables_fit_the_terminal(study):
-    for width in (80, 100):
-        console = Console(width=width, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
-        for table in study_tables(study[1]):
-            console.print(table)
-        text = console.export_text()
-        assert "…" not in text
-        assert max(map(len, text.splitlines())) <= width
-        assert f"{study[1]['rows'][1]['bits_per_byte'][0]:.3f}" in text
+def test_legends_lie_on_no_data(study):
+    """They are the figure's, above the axes."""
+    for draw in (figures.loss_against_loops, figures.loss_curves, figures.cost_against_loops):
+        figure = draw(study[1])
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert all(axes.get_legend() is None for axes in figure.axes)
+        assert legend.get_window_extent().y0 >= max(axes.get_window_extent().y1 for axes in figure.axes)
+
+
+def test_figures_leave_pyplot_alone(study):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums(), plt.rcParams["axes.grid"]
+    write_report(study[1], study[0])
+    assert (plt.get_fignums(), plt.rcParams["axes.grid"]) == before
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_tables_fit_the_terminal(study, width):
+    text = study[1].format(width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert f"{study[1].rows[1].bits_per_byte.value:.3f}" in text
+    assert study[1].verdict.headline in text
+
+
+# Arms
+
+
+@pytest.fixture
+def schemes(monkeypatch):
+    """Arms with a further field, as a study of more than loop counts has: which part of the recipe it changes, it says itself."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Schemes(Arm):
+        scheme: str = arms._differs("scheme", "{}", "{}", default="paper")
+
+        def recipe(self, recipe, **changes):
+            scale = {} if self.scheme == "paper" else {"hidden_scale": 0.0}
+            return dataclasses.replace(recipe, loops=self.loops, **scale, **changes)
+
+    monkeypatch.setattr(arms, "Arm", Schemes)
+    return [Schemes(n, scheme) for n in (1, 2) for scheme in ("paper", "none")]
+
+
+def test_a_further_field_of_an_arm_is_a_column_a_label_and_a_folder(schemes, recipe):
+    assert [arm.name for arm in schemes] == ["r1", "r1-none", "r2", "r2-none"]
+    assert [arm.label for arm in schemes] == ["R = 1", "R = 1, none", "R = 2", "R = 2, none"]
+    assert columns(schemes) == {"R": ["1", "1", "2", "2"], "scheme": ["paper", "none", "paper", "none"]}
+    assert columns(schemes[::2]) == {"R": ["1", "2"]}
+    assert lines(schemes) == {"": [0, 2], "none": [1, 3]}
+    runs = plan(recipe, load_corpus(recipe.corpus_settings(), console=QUIET), schemes, 2, "tokens")
+    assert [run.name for run in runs[:4]] == ["r1-seed0", "r1-none-seed0", "r2-seed0", "r2-none-seed0"]
+    assert [run.recipe.hidden_scale for run in runs[:4]] == [recipe.hidden_scale, 0.0] * 2
+    assert [run.first for run in runs] == [True] * 4 + [False] * 4
+    assert all(re.fullmatch(STUDY.made, run.name) for run in runs)
+
+
+def test_arms_are_compared_and_drawn_whatever_they_differ_in(study, schemes):
+    result = copy.deepcopy(study[1])
+    for row, arm in zip(result.rows, schemes[1:]):
+        row.arm = arm
+    result.base = result.best = result.chosen = "r1-none"
+    assert "scheme" in result.format()
+    assert [axes.get_title() for axes in figures.cost_against_loops(result).axes] == ["none", ""]
+    lines = figures.loss_against_loops(result).axes[0].containers
+    assert [line.get_label() for line in lines] == ["none, 95% interval", "last loop, 95% interval"]
 
 
 def test_the_command_line(recipe, tmp_path):
@@ -248,7 +333,7 @@ def test_the_command_line(recipe, tmp_path):
         (["study", "no/such/folder"], "no such file or folder"),
         (
             ["study", "--preset", "huge"],
-            "neither a file nor one of the shipped recipes (chat, chat-lora, gpu, laptop, loopcoder-v2-7b, quick)",
+            "neither a file nor one of the shipped recipes (chat, chat-lora, gpu, laptop, loopcoder-v2-7b, quick, task, think)",
         ),
         (["train", "quick", "--loops", "0"], "loops=0 must be at least 1"),
         (["generate", "no/such/checkpoint"], "checkpoint 'no/such/checkpoint' cannot be loaded"),
@@ -281,27 +366,11 @@ def test_flops_against_counted_matrix_products(recipe):
         assert training_flops_per_token(config, T) == 3 * per_token
 
 
-def test_memory_of_a_training_step_is_counted():
-    """A chain of n linear layers without bias keeps n activations for the backward pass."""
-    import torch
-
-    from parloop.study.measure import LiveBytes
-
-    with LiveBytes() as live:
-        a = torch.zeros(1000)
-        b = a + 1
-        del a
-        c = b * 2
-        del b, c
-    assert live.peak == 2 * 4000
-    assert live.alive == 0
-
-
 def test_cache_and_memory_of_a_model(recipe):
     from parloop.train.pretrain import build_model
 
     one, two = (build_model(Recipe(**(vars(recipe) | {"loops": n}))) for n in (1, 2))
-    assert cache_bytes_of(one, 32)["fixed"] == 0
+    assert cache_bytes_of(one, 32).fixed == 0
     assert peak_training_bytes(two, 2, 32) > 1.5 * peak_training_bytes(one, 2, 32)
     assert math.isfinite(peak_training_bytes(one, 2, 32))
 
@@ -317,11 +386,11 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_read(recipe, tm
 
 
 def test_a_readme_that_was_edited_is_not_written_over(recipe, study, monkeypatch):
-    folder, results = study
+    folder, result = study
     with claimed(folder, STUDY) as out:
         out.write("README.md", "ours")
     (folder / "README.md").write_text("ours, and my notes")
-    for write in (lambda: run_study(recipe, folder, console=QUIET), lambda: write_study_report(results, folder)):
+    for write in (lambda: run_study(recipe, folder, console=QUIET), lambda: write_report(result, folder)):
         with pytest.raises(OutputError, match=r"holds README.md, which .* was changed since.* move it away"):
             write()
     assert (folder / "README.md").read_text() == "ours, and my notes"
@@ -351,18 +420,50 @@ def test_two_studies_in_one_folder(recipe, study, monkeypatch):
         (study[0] / "training.json").rename(study[0] / "r1-seed0" / "training.json")
 
 
-def test_what_loops_are_looked_at_with_is_what_the_corpus_held_out(recipe, study, monkeypatch):
-    """Without reading the source again, and the same samples as if it were."""
+def test_a_run_is_loaded_once_and_its_source_is_not_read_again(recipe, study, monkeypatch):
+    """To evaluate and to diagnose it; the samples are those that `parloop diagnose` draws of the source."""
     corpus = load_corpus(recipe.corpus_settings(), console=QUIET)
-    kept = study[1]["diagnoses"][0]
+    folder = study[0] / "r1-seed0"
+    kept = CheckpointDiagnosis.load(folder)
+    (run,) = plan(recipe, corpus, [Arm(1)], 1, "tokens")
+    for name in ("diagnosis.json", "evaluation-3000.npz"):
+        (folder / name).unlink()
     monkeypatch.setattr(sources, "read", None)
     monkeypatch.setattr(sources, "read_all", None)
-    (study[0] / "r1-seed0" / "diagnosis.json").unlink()
-    again = diagnosis_of(study[0] / "r1-seed0", recipe, corpus, QUIET)
+    loaded, load = [], runs.load_model
+    monkeypatch.setattr(runs, "load_model", lambda *a: loaded.append(a) or load(*a))
+    look_at(run, folder, corpus, 3000, QUIET)
+    look_at(run, folder, corpus, 3000, QUIET)
+    assert len(loaded) == 1
+    again = CheckpointDiagnosis.load(folder)
     monkeypatch.undo()
-    assert again["sample_hash"] == kept["sample_hash"]
-    assert (
-        diagnose_checkpoint(study[0] / "r1-seed0", samples=32, batch_size=8, device="cpu")["sample_hash"]
-        == kept["sample_hash"]
-    )
-    assert again["settings"]["trained_on_this_text"].startswith("no: only documents that training held out")
+    assert again.sample_hash == kept.sample_hash
+    assert diagnose_checkpoint(folder, samples=32, batch_size=8, device="cpu", console=QUIET).sample_hash == kept.sample_hash
+    assert again.settings["trained_on_this_text"].startswith("no: only documents that training held out")
+
+
+def test_held_out_documents_that_give_no_sample_are_not_sought_in_the_source(recipe, study, monkeypatch):
+    monkeypatch.setattr(sources, "read_all", None)
+    with pytest.raises(SourceError, match=r"has no document of at least 16 tokens among the 20% held out.*recipe.yaml"):
+        diagnose_checkpoint(study[0] / "r1-seed0", device="cpu", held_out=[("a", "x")], console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (("quick", "tokens", None), "runs/study-quick"),
+        (("quick", "tokens", "stdlib"), "runs/study-quick"),
+        (("a/mine.yaml", "compute", "src/"), "runs/study-mine-compute-src"),
+        ((None, "tokens", "hub:owner/name"), "runs/study-hub-owner-name"),
+    ],
+)
+def test_the_default_folder_follows_recipe_match_and_source(arguments, folder):
+    assert str(default_folder(*arguments)) == folder
+
+
+def test_a_source_that_cannot_be_read_names_the_recipe_that_has_it(tmp_path):
+    Recipe(source="no/such/folder").save(tmp_path / "mine.yaml")
+    with pytest.raises(SourceError, match=r"no/such/folder.*\(recipe '.*mine.yaml'\)"):
+        run_study(str(tmp_path / "mine.yaml"), tmp_path / "out", console=QUIET)
+    with pytest.raises(SourceError, match=r"elsewhere.*(?<!yaml'\))$"):
+        run_study(str(tmp_path / "mine.yaml"), tmp_path / "out", changes={"source": "elsewhere"}, console=QUIET)

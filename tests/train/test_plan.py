@@ -7,10 +7,10 @@ import torch
 
 from parloop import cli
 from parloop.model.flops import training_flops_per_token
-from parloop.report.terminal import plan_tables
-from parloop.study.measure import LiveBytes
+from parloop.timing import LiveBytes
 from parloop.train import ChatRecipe, Recipe
 from parloop.train.plan import PEAK_FLOPS, UTILISATION, parameters, plan_of, training_memory
+from parloop.train.plan_tables import plan_tables
 from parloop.train.pretrain import build_model
 
 
@@ -50,8 +50,7 @@ def test_memory_against_a_measured_step(mode, loops, shape, precision):
         p.grad = torch.zeros_like(p)  # as in a step's second micro-batch
     rows, length = 4, 256
     ids, places = torch.full((rows, length), 3), torch.arange(length).remainder(100).repeat(rows, 1)
-    with LiveBytes() as live:
-        live.known |= {t.untyped_storage()._cdata for p in model.parameters() for t in (p, p.grad)}
+    with LiveBytes(ignored=[t for p in model.parameters() for t in (p, p.grad)]) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(ids, position_ids=places, labels=ids).loss
         loss.backward()

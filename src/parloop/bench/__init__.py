@@ -1,3 +1,4 @@
 from .bench import run_bench
+from .results import BenchResult
 
-__all__ = ["run_bench"]
+__all__ = ["BenchResult", "run_bench"]

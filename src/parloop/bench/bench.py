@@ -9,7 +9,6 @@ same command continues after an interruption, and other lengths and batch sizes 
 
 import json
 import os
-import statistics
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +24,13 @@ from ..folder import BENCH, OutputFolder, claimed
 from ..model.configuration import PLTConfig
 from ..record import command_line, environment
 from ..report.terminal import progress_bars
-from .measure import Block, Variant, cache_report, decode_variants, peak_bytes, prefill_variants, read_bandwidth, reset_peak
+from ..timing import Spread, interleaved, reset_peak
+from .measure import Block, Run, read_bandwidth
 from .models import DTYPES, build, bytes_read, check_memory, config_of, on_meta
+from .report import write_report
+from .results import BenchResult, BlockResult, Row, Skipped
 from .settings import Settings, plan, too_large, work
+from .variants import Variant, decode_variants, prefill_variants
 
 WARM_UP = 1  # rounds that are not counted
 
@@ -47,8 +50,8 @@ def run_bench(
     console: Console | None = None,
     command: str | None = None,
     **others: Any,
-) -> dict[str, Any]:
-    """Measure into a folder, or continue there.
+) -> BenchResult:
+    """Measure into a folder, or continue there, and draw the figure.
 
     Args:
         checkpoint, shape: one of the two, or neither for the shape 600m.
@@ -58,7 +61,7 @@ def run_bench(
         others: steps, repeats, dtype, compile, static, read_bytes: see Settings.
 
     Returns:
-        what results.json holds.
+        the result. results.json in the folder holds the same.
 
     Raises:
         BenchError: impossible settings, too little memory, or a folder with another bench.
@@ -90,23 +93,24 @@ def _measure_into(
     out: OutputFolder,
     settings: Settings,
     config: PLTConfig,
-    keys: list[tuple],
+    keys: list[tuple[str, int, int]],
     fresh: bool,
     console: Console,
     command: str | None,
-) -> dict[str, Any]:
+) -> BenchResult:
     """Measure the blocks that the folder does not hold yet. Returns all results."""
-    results = {} if fresh else earlier_results(out.path, settings)
-    results = results or {"settings": settings.as_json(), "environment": environment(), "commands": [], "blocks": []}
-    results["skipped"] = []
-    done = {(block["phase"], block["tokens"], block["batch_size"]) for block in results["blocks"]}
+    result = None if fresh else earlier_results(out.path, settings)
+    result = result or BenchResult(settings, environment())
+    result.folder, result.skipped = out.path, []
+    done = {block.key for block in result.blocks}
     missing = [key for key in keys if key not in done]
     if missing:
-        results["commands"].append(command or command_line())
+        result.commands.append(command or command_line())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="num_loops=")  # a random model is as bad at every loop count
-            measure_all(settings, config, missing, results, out, console)
-    return results
+            measure_all(settings, config, missing, result, out, console)
+    write_report(result, out)
+    return result
 
 
 def default_folder(checkpoint: str | None, shape: str | None) -> Path:
@@ -114,47 +118,56 @@ def default_folder(checkpoint: str | None, shape: str | None) -> Path:
     return Path("runs", f"bench-{name}")
 
 
-def earlier_results(folder: Path, settings: Settings) -> dict[str, Any]:
-    """What the folder holds, if it can be continued."""
-    path = folder / "results.json"
+def earlier_results(folder: Path, settings: Settings) -> BenchResult | None:
+    """Return what the folder holds, if it can be continued.
+
+    Raises:
+        BenchError: it is another bench's, or no bench's.
+    """
+    path = folder / BenchResult.FILE
     if not path.exists():
-        return {}
-    results = json.loads(path.read_text(encoding="utf-8"))
-    now = {"settings": settings.as_json(), "environment": environment()}
-    changed = [
-        f"{name} was {results.get(part, {}).get(name)}, is {value}"
-        for part, values in now.items()
-        for name, value in values.items()
-        if results.get(part, {}).get(name) != value
-    ]
+        return None
+    try:
+        result = BenchResult.load(folder)
+    except ValueError as error:
+        raise BenchError(f"{path} is no bench's ({error}): choose another --output, or --fresh to start over.") from error
+    before, now = (
+        {**vars(of), **machine} for of, machine in ((result.settings, result.environment), (settings, environment()))
+    )
+    changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         raise BenchError(
             f"{folder} holds a bench that differs ({'; '.join(changed)}): choose another --output, or --fresh to start over."
         )
-    return results
+    return result
 
 
-def prepare(settings: Settings, config: PLTConfig, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The models; what they are and how fast the machine reads memory goes into `results`."""
+def prepare(settings: Settings, config: PLTConfig, result: BenchResult, console: Console) -> dict[str, Any]:
+    """Return the models; what they are and how fast the machine reads memory goes into the result."""
     device = torch.device(settings.device)
     weights = sum(p.nbytes for p in on_meta(config, DTYPES[settings.dtype]).parameters())
     name = settings.checkpoint or f"shape {settings.shape!r}"
     check_memory(name, weights, settings.read_bytes + 2**29, settings.dtype, device)
     with console.status(f"building {name}: {weights / 1e9:.1f} GB of weights"):
         models = build(settings.checkpoint, config, settings.dtype, device)
-    results["model"] = describe(models["plt"], name)
-    if "read_bandwidth" not in results:
+    result.model = describe(models["plt"], name)
+    if not result.read_bandwidth:
         with console.status("measuring at what rate this machine reads memory"):
-            results["read_bandwidth"] = read_bandwidth(settings.read_bytes, device)
+            result.read_bandwidth = read_bandwidth(settings.read_bytes, device)
     return models
 
 
 def measure_all(
-    settings: Settings, config: PLTConfig, keys: list[tuple], results: dict[str, Any], out: OutputFolder, console: Console
+    settings: Settings,
+    config: PLTConfig,
+    keys: list[tuple[str, int, int]],
+    result: BenchResult,
+    out: OutputFolder,
+    console: Console,
 ) -> None:
-    """Measure blocks and add them to `results`, which is saved after each."""
-    models = prepare(settings, config, results, console)
-    device, weights = models["plt"].device, results["model"]["bytes"]
+    """Measure blocks and add them to the result, which is saved after each."""
+    models = prepare(settings, config, result, console)
+    device, weights = models["plt"].device, result.model["bytes"]
     with progress_bars(console) as progress:
         task = progress.add_task("", loss="", total=sum(work(settings, config, weights, key) for key in keys))
         for number, key in enumerate(keys, 1):
@@ -165,15 +178,14 @@ def measure_all(
             if reason is None:
                 try:
                     on_run = partial(_advance, progress, task, share)
-                    block = measure_block(settings, models, key, results["read_bandwidth"], on_run)
-                    results["blocks"] = sorted([*results["blocks"], block], key=_order)
+                    result.add(measure_block(settings, models, key, result.read_bandwidth, on_run))
                 except torch.OutOfMemoryError:
                     reason = "the GPU's memory was not enough"
             if reason is not None:
-                results["skipped"].append(dict(zip(("phase", "tokens", "batch_size"), key)) | {"reason": reason})
+                result.skipped.append(Skipped(*key, reason))
                 console.print(f"skipped: {name}: {reason}.", highlight=False)
                 progress.advance(task, share)
-            out.write_json("results.json", results)
+            out.write(result.FILE, result.to_json())
 
 
 def _advance(progress: Progress, task: TaskID, share: float, part: float) -> None:
@@ -186,8 +198,8 @@ def measure_block(
     key: tuple[str, int, int],
     bandwidths: dict[str, float],
     on_run: Callable[[float], None],
-) -> dict[str, Any]:
-    """All rounds of one block; `on_run` hears after every run which part of the block it was."""
+) -> BlockResult:
+    """Measure all rounds of one block; `on_run` is called after every run with the part of the block that it was."""
     phase, tokens, batch_size = key
     torch.compiler.reset()  # what was compiled for other lengths would make this one compile for any length
     loops, llama = list(settings.loops), "llama" in models
@@ -196,82 +208,62 @@ def measure_block(
     block = Block(models, tokens, batch_size, settings.steps if decode else 0, settings.static)
     fastest = max(bandwidths, key=lambda way: bandwidths[way])
     device = models["plt"].device
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
+    part = 1 / len(variants) / (WARM_UP + settings.repeats)
     reads: list[float] = []
-    peaks, caches = dict.fromkeys(variants, 0), {}
-    own_peaks = reset_peak(device)
     # Older versions of torch count all variants as one function, and give up compiling after eight.
     with torch._dynamo.config.patch(recompile_limit=64):
-        for round_ in range(WARM_UP + settings.repeats):
-            read = read_bandwidth(settings.read_bytes, device, [fastest])[fastest]
-            turn = round_ % len(variants)
-            for variant in variants[turn:] + variants[:turn]:
-                reset_peak(device)
-                elapsed, cache = block.run(variant)
-                peaks[variant] = max(peaks[variant], peak_bytes(device))
-                caches[variant] = cache_report(block, variant, cache)
-                del cache
-                if round_ >= WARM_UP:
-                    seconds[variant].append(elapsed)
-                on_run(1 / len(variants) / (WARM_UP + settings.repeats))
-            if round_ >= WARM_UP:
-                reads.append(read)
-    rows = [row(variant, seconds, reads, models, batch_size, decode) for variant in variants]
-    for variant, values in zip(variants, rows):
-        values |= {"cache": caches[variant], "peak_bytes": peaks[variant]}
-    return {
-        "phase": phase,
-        "tokens": tokens,
-        "context_range": [tokens + 1, tokens + settings.steps] if decode else None,
-        "batch_size": batch_size,
-        "read_bytes_per_second": spread(reads),
-        "peak_is_of": "the variant" if own_peaks else "the process so far",
-        "rows": rows,
-    }
+        runs = interleaved(
+            {variant: partial(block.measure, variant) for variant in variants}, settings.repeats, warm_up=WARM_UP, rotate=True,
+            before_round=lambda: reads.append(read_bandwidth(settings.read_bytes, device, [fastest])[fastest]),
+            after_run=lambda: on_run(part),
+        )  # fmt: skip
+    reads = reads[WARM_UP:]
+    return BlockResult(
+        phase=phase,
+        tokens=tokens,
+        context_range=[tokens + 1, tokens + settings.steps] if decode else None,
+        batch_size=batch_size,
+        read_bytes_per_second=Spread.of(reads),
+        peak_is_of="the variant" if reset_peak(device) else "the process so far",
+        rows=[_row(variant, runs, reads, models, batch_size, decode) for variant in variants],
+    )
 
 
-def row(
+def _row(
     variant: Variant,
-    seconds: dict[Variant, list[float]],
+    runs: dict[Variant, list[Run]],
     reads: list[float],
     models: dict[str, Any],
     batch_size: int,
     decode: bool,
-) -> dict[str, Any]:
-    """One variant's numbers: medians and quartiles over rounds, of ratios that were taken within rounds."""
+) -> Row:
+    """Return one variant's numbers: medians and quartiles over rounds, of ratios that were taken within rounds."""
+    seconds = {other: [run.seconds for run in made] for other, made in runs.items()}
     own = seconds[variant]
 
-    def over(other: Variant) -> dict[str, float] | None:
-        return spread([a / b for a, b in zip(own, seconds[other])]) if other in seconds else None
+    def over(other: Variant) -> Spread | None:
+        return Spread.of_ratios(own, seconds[other]) if other in seconds else None
 
-    result: dict[str, Any] = {
-        "label": variant.label,
-        "kind": variant.kind,
-        "loops": variant.loops,
-        "compiled": variant.compiled,
-        "ms": spread([1e3 * value for value in own]),
-        "ms_rounds": [1e3 * value for value in own],
-        "over_one_loop": over(Variant(1, compiled=variant.compiled)),
-        "over_llama": over(Variant(1, llama=True, compiled=variant.compiled)),
-    }
-    if decode:
-        passes = 1 if variant.one_pass else variant.loops
-        size = bytes_read(models["plt"], variant.loops, batch_size, passes)
-        result |= {
-            "weight_bytes": size,
-            "weight_bytes_per_second": spread([size / value for value in own]),
-            "bandwidth_share": spread([size / value / read for value, read in zip(own, reads)]),
-        }
-    return result
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
-    return {"median": statistics.median(values), "low": low, "high": high}
+    passes = 1 if variant.one_pass else variant.loops
+    size = bytes_read(models["plt"], variant.loops, batch_size, passes) if decode else None
+    return Row(
+        label=variant.label,
+        variant=variant,
+        kind=variant.kind,
+        ms=Spread.of([1e3 * value for value in own]),
+        ms_rounds=[1e3 * value for value in own],
+        over_one_loop=over(Variant(1, compiled=variant.compiled)),
+        over_llama=over(Variant(1, llama=True, compiled=variant.compiled)),
+        weight_bytes=size,
+        weight_bytes_per_second=Spread.of([size / value for value in own]) if size else None,
+        bandwidth_share=Spread.of([size / value / read for value, read in zip(own, reads)]) if size else None,
+        cache=runs[variant][-1].cache,
+        peak_bytes=max(run.peak_bytes for run in runs[variant]),
+    )
 
 
 def describe(model: Any, name: str) -> dict[str, Any]:
+    """Return what a model is: name, parameters, bytes, attention and configuration."""
     parameters = list(model.parameters())
     return {
         "name": name,
@@ -280,7 +272,3 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "config": json.loads(model.config.to_json_string()),
     }
-
-
-def _order(block: dict[str, Any]) -> tuple:
-    return block["phase"], block["batch_size"], block["tokens"]

@@ -8,11 +8,8 @@ Axes: B sequences, S tokens, D hidden size, G key/value heads, K head size.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,45 +19,17 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..model.cache import cache_bytes, carry_index, full_index, make_cache, window_index
 from ..model.configuration import PLTConfig
-
-PASS_PER_LOOP = "a pass per loop: the scheme of the vendor's server, not their code"
-WHOLE_PROMPT = "a prefill with every loop on every token"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of a table: a model, a loop count, and a way to run it."""
-
-    loops: int
-    llama: bool = False  # transformers' LlamaForCausalLM on the same weights
-    one_pass: bool = True  # False: a pass over the weights per loop
-    compiled: bool = False  # static cache and torch.compile
-    tail: bool = True  # False: a prefill runs every loop on the whole prompt
-
-    @property
-    def label(self) -> str:
-        name = "Llama" if self.llama else f"R = {self.loops}"
-        name += "" if self.tail else ", whole prompt"
-        return name + ("" if self.one_pass else ", pass per loop") + (", compiled" if self.compiled else "")
-
-    @property
-    def kind(self) -> str:
-        if self.llama:
-            return "transformers' LlamaForCausalLM"
-        if not self.tail:
-            return WHOLE_PROMPT
-        return "one pass" if self.one_pass else PASS_PER_LOOP
+from ..timing import peak_bytes, reset_peak
+from .results import CacheReport
+from .variants import Variant
 
 
-def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Variant]:
-    ways = [False, True] if compiled else [False]
-    variants = [Variant(1, llama=True, compiled=way) for way in ways if llama]
-    variants += [Variant(n, compiled=way) for way in ways for n in loops]
-    return variants + [Variant(n, one_pass=False) for n in loops if n > 1]
+class Run(NamedTuple):
+    """Seconds of a prefill, or per decode step; most bytes of memory held; the cache afterwards."""
 
-
-def prefill_variants(loops: list[int], llama: bool) -> list[Variant]:
-    return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops] + [Variant(n, tail=False) for n in loops if n > 1]
+    seconds: float
+    peak_bytes: int
+    cache: CacheReport
 
 
 class Block:
@@ -87,6 +56,13 @@ class Block:
             self.carry = torch.randn((batch_size, self.config.hidden_size, 1), dtype=plt.dtype, **draw)  # [B, D, 1]
         self.held: dict[tuple[bool, int], Cache] = {}
         self.calls: dict[Variant, Callable] = {}
+
+    def measure(self, variant: Variant) -> "Run":
+        """Run a variant once, from an empty or freshly filled cache."""
+        device = self.models["plt"].device
+        reset_peak(device)
+        elapsed, cache = self.run(variant)
+        return Run(elapsed, peak_bytes(device), cache_report(self, variant, cache))
 
     @torch.no_grad()
     def run(self, variant: Variant) -> tuple[float, Cache]:
@@ -180,8 +156,8 @@ def expected_cache_bytes(
     }
 
 
-def cache_report(block: Block, variant: Variant, cache: Cache) -> dict[str, Any]:
-    """Bytes of a cache after a run: measured by part, by the formula, and the memory behind it (storages are not shared)."""
+def cache_report(block: Block, variant: Variant, cache: Cache) -> CacheReport:
+    """Return the bytes of a cache after a run: measured by part, by the formula, and the memory behind it (storages are not shared)."""
     itemsize, static = block.models["plt"].dtype.itemsize, cache.is_compileable
     tokens = block.tokens + block.steps
     measured = cache_bytes(cache)
@@ -190,13 +166,7 @@ def cache_report(block: Block, variant: Variant, cache: Cache) -> dict[str, Any]
     tensors += [t for layer in cache.layers for t in getattr(layer, "conv_states", {}).values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     total, expected = sum(measured.values()), sum(formula.values())
-    return {
-        "bytes": total,
-        "parts": measured,
-        "formula": formula,
-        "over_formula": total / expected,
-        "storage_bytes": sum(storages.values()),
-    }
+    return CacheReport(total, measured, formula, total / expected, sum(storages.values()))
 
 
 def _reads(buffer: torch.Tensor) -> dict[str, Callable]:
@@ -232,28 +202,3 @@ def read_bandwidth(size: int, device: torch.device, ways: list[str] | None = Non
         for name, read in reads.items()
     }
     return {name: size / value for name, value in seconds.items()}
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Start a new high-water mark of memory. False if the system has one for the whole process only."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        return False
-    return True
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The high-water mark: of the allocator on a GPU, else of the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource  # not on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

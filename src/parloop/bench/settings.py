@@ -1,16 +1,14 @@
 """What a bench measures: its settings, its blocks, how long they take and whether they fit."""
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import BenchError
 from ..model.configuration import PLTConfig
 from ..model.flops import forward_flops_per_token
-from .measure import decode_variants
 from .models import DTYPES, available_bytes
+from .variants import decode_variants
 
 CONTEXTS = (256, 4096, 16384)
 PREFILL_LENGTHS = (2048,)
@@ -42,9 +40,6 @@ class Settings:
             raise BenchError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise BenchError(f"--device {self.device}: torch sees no GPU here. Use --device cpu.")
-
-    def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
 
 
 def plan(

@@ -111,11 +111,7 @@ def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: i
         return _of_task(task_of(settings.source), tokenizer, length, samples)
     rows = draw_samples(documents_of(settings, samples, held_out), tokenizer, length, samples)
     if not rows:
-        share = f" among the {settings.validation_share:.0%} held out of training" if held_out else ""
-        raise SourceError(
-            f"source {settings.source!r} has no document of at least {MIN_TOKENS} tokens{share}: choose another source, or, "
-            f"for other kinds of files, set --extensions, for instance --extensions .py .md"
-        )
+        raise no_samples(settings, held_out)
     return rows
 
 
@@ -132,6 +128,15 @@ def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Samp
             )
         rows.append(Sample(f"{task.source} {number} [0:{len(ids)}]", ids, labels))
     return rows
+
+
+def no_samples(settings: CorpusSettings, held_out: bool) -> SourceError:
+    """Return the error of a source none of whose documents gives a row."""
+    share = f" among the {settings.validation_share:.0%} held out of training" if held_out else ""
+    return SourceError(
+        f"source {settings.source!r} has no document of at least {MIN_TOKENS} tokens{share}: choose another source, or, "
+        f"for other kinds of files, set --extensions, for instance --extensions .py .md"
+    )
 
 
 def _digest(text: str) -> bytes:

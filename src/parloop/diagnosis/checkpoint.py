@@ -1,11 +1,10 @@
 """Diagnose a checkpoint on real text: load it, draw samples, look, and keep everything a report needs."""
 
-import csv
+import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,53 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
-from ..corpus.samples import Document, draw_samples, padded_batches, samples_of
+from ..corpus.samples import Document, Sample, draw_samples, no_samples, padded_batches, samples_of
 from ..errors import CheckpointError, DiagnosisError, SourceError
-from ..folder import DIAGNOSIS, OutputFolder, claimed, read_claim
 from ..generate import load_model
-from ..record import environment
+from ..record import command_line, environment
 from .diagnosis import diagnose
-from .lenses import LENSES
-from .text import choose_text
+from .folders import default_folder, diagnosis_folder
+from .report import write_report
+from .results import CheckpointDiagnosis, DiagnosisResult, TokenView
+from .text import Text, choose_text
 from .tokens import token_view
 from .verdict import give_verdict
 
 DEFAULT_LENGTH = 1024
 VIEWED_TOKENS = 160
+
+
+def diagnose_checkpoints(
+    checkpoints: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    command: str | None = None,
+    **options: Any,
+) -> DiagnosisResult:
+    """Diagnose one checkpoint, or several side by side, and write a report.
+
+    Args:
+        checkpoints: folders or Hub names.
+        output: folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
+        command: what the report says it was made with.
+        options: as of `diagnose_checkpoint`.
+
+    Returns:
+        the diagnoses, in the order of the checkpoints. results.json in the folder holds the same.
+
+    Raises:
+        CheckpointError, SourceError, DiagnosisError: with what to do.
+        OutputError: the folder cannot be written, or holds something else or a diagnosis of others.
+    """
+    if not checkpoints:
+        raise CheckpointError("name at least one checkpoint: parloop diagnose runs/study-quick/r2-seed0")
+    command = command or command_line()
+    with diagnosis_folder(output or default_folder(checkpoints), checkpoints) as out:
+        diagnoses = [diagnose_checkpoint(checkpoint, **options, console=console) for checkpoint in checkpoints]
+        result = DiagnosisResult(command, diagnoses, out.path)
+        write_report(result, out)
+    return result
 
 
 def diagnose_checkpoint(
@@ -42,9 +75,11 @@ def diagnose_checkpoint(
     dtype: str = "auto",
     center_rank: bool = False,
     held_out: Iterable[Document] | None = None,
+    model: Any = None,
+    on_batch: Callable[[int], None] | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Diagnose one checkpoint.
+) -> CheckpointDiagnosis:
+    """Diagnose one checkpoint. Nothing is written.
 
     Args:
         data: a source of text, as for training. Default: what the model's recipe.yaml trained on (of a mixture, the source with the
@@ -54,9 +89,8 @@ def diagnose_checkpoint(
         length: tokens per sample. Default: the recipe's, else 1024, at most the model's.
         loops: loop count; default: as trained.
         held_out: names and texts of the documents that training held out, where they are at hand: the source is not read then.
-
-    Returns:
-        what results.json holds for a checkpoint: diagnosis (`Diagnosis.to_dict`), verdict, tokens (the token view), settings.
+        model: the checkpoint's model, where it is loaded already; device and dtype are then its own.
+        on_batch: called after each batch with its number of samples; no bar is shown then.
 
     Raises:
         CheckpointError, SourceError, DiagnosisError: with what to do.
@@ -66,7 +100,7 @@ def diagnose_checkpoint(
         raise DiagnosisError(
             f"samples={samples} and batch_size={batch_size} must be at least 1, length={length} at least 2."
         )
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype) if model is None else model
     longest = model.config.max_position_embeddings
     if length is not None and length > longest:
         raise DiagnosisError(
@@ -77,48 +111,40 @@ def diagnose_checkpoint(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
     text = choose_text(checkpoint, data, extensions)
-    settings = text.settings
     length = length or min(text.recipe.length if text.recipe else DEFAULT_LENGTH, longest)
-    try:
-        rows = draw_samples(held_out, tokenizer, length, samples) if held_out is not None else []
-        rows = rows or samples_of(settings, tokenizer, length, samples, text.held_out)
-    except SourceError as error:
-        if data is not None or text.recipe_file is None:
-            raise
-        raise SourceError(f"{error} This is the text of {text.recipe_file}: for another one, use --data.") from error
+    rows = _rows(text, tokenizer, length, samples, held_out, data)
     if len(rows) < samples:
         console.print(
-            f"source {settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.", markup=False
+            f"source {text.settings.source!r} gives {len(rows)} samples of up to {length} tokens, not {samples}.",
+            markup=False,
         )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(f"diagnosing {escape(Path(checkpoint).name)}", total=len(rows))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task(f"diagnosing {escape(Path(checkpoint).name)}", total=len(rows))
+    with contextlib.nullcontext() if on_batch else bar:
         diagnosis = diagnose(
-            model,
-            padded_batches(rows, batch_size),
-            num_loops=loops,
-            center_rank=center_rank,
-            on_batch=lambda n: progress.advance(task, n),
-        )
-    shown = max(rows[: min(8, len(rows))], key=lambda row: len(row.ids))
-    return {
-        "checkpoint": str(checkpoint),
-        "diagnosis": diagnosis.to_dict(),
-        "sample_hash": hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:16],
-        "verdict": give_verdict(diagnosis).to_dict(),
-        "tokens": {
-            "document": shown.name,
-            "first": tokenizer.decode(shown.ids[:1], skip_special_tokens=True),
-            "view": token_view(model, tokenizer, shown.ids[:VIEWED_TOKENS], diagnosis.loops),
-        },
-        "settings": {
+            model, padded_batches(rows, batch_size), num_loops=loops, center_rank=center_rank,
+            on_batch=on_batch or partial(bar.advance, task),
+        )  # fmt: skip
+    viewed = max(rows[: min(8, len(rows))], key=lambda row: len(row.ids))
+    return CheckpointDiagnosis(
+        checkpoint=str(checkpoint),
+        diagnosis=diagnosis,
+        sample_hash=hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:16],
+        verdict=give_verdict(diagnosis),
+        tokens=TokenView(
+            document=viewed.name,
+            first=str(tokenizer.decode(viewed.ids[:1], skip_special_tokens=True)),
+            view=token_view(model, tokenizer, viewed.ids[:VIEWED_TOKENS], diagnosis.loops),
+        ),
+        settings={
             "loops": diagnosis.loops,
             "trained_loops": diagnosis.trained_loops,
             "layers": model.config.num_hidden_layers,
             "heads": model.config.num_attention_heads,
             "window_tokens": model.config.window_tokens,
-            "data": settings.source,
+            "data": text.settings.source,
             "held_out_only": text.held_out,
             "trained_on_this_text": text.trained_on,
             "samples": diagnosis.samples,
@@ -129,48 +155,24 @@ def diagnose_checkpoint(
             "center_rank": center_rank,
             **environment(),
         },
-    }
+    )
 
 
-def subjects(checkpoints: Iterable[str | Path]) -> str:
-    """What a folder with a diagnosis is about: folders by their whole paths, and names of the Hub."""
-    return ", ".join(os.path.realpath(place) if Path(place).is_dir() else str(place) for place in checkpoints)
-
-
-def default_folder(checkpoints: Iterable[str | Path]) -> Path:
-    """runs/diagnose-NAMES; if that is about other checkpoints of these names, a hash is appended."""
-    checkpoints = list(checkpoints)
-    names = "-".join(Path(os.path.realpath(place)).name for place in checkpoints)[:80]
-    folder, about = Path("runs", f"diagnose-{names}"), subjects(checkpoints)
-    if os.path.lexists(folder) and read_claim(folder).get("of") != about:
-        return folder.with_name(f"{folder.name}-{hashlib.sha256(about.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}")
-    return folder
-
-
-def diagnosis_folder(
-    folder: str | Path | OutputFolder, checkpoints: Iterable[str | Path]
-) -> AbstractContextManager[OutputFolder]:
-    """A folder, claimed for a diagnosis of these checkpoints.
+def _rows(
+    text: Text, tokenizer: Any, length: int, samples: int, held_out: Iterable[Document] | None, data: str | None
+) -> list[Sample]:
+    """Draw samples: from documents that are at hand, or of the source.
 
     Raises:
-        OutputError: it cannot be written, or holds something else or a diagnosis of others.
+        SourceError: there are none.
     """
-    return claimed(folder, DIAGNOSIS, of=subjects(checkpoints), going_on="the diagnosis begins again")
-
-
-def save_results(records: list[dict[str, Any]], folder: str | Path | OutputFolder, command: str) -> None:
-    """results.json: every value of every sample, and lenses.csv: the means with their intervals.
-
-    Raises:
-        OutputError: the folder is not a diagnosis of these checkpoints, or cannot be written.
-    """
-    rows: list[list[Any]] = [["checkpoint", "lens", "unit", "loop", "mean", "low", "high"]]
-    for record in records:
-        for lens, loops in record["diagnosis"]["summary"].items():
-            for loop, interval in enumerate(loops, 1):
-                if interval is not None:
-                    rows.append([record["checkpoint"], lens, LENSES[lens].unit, loop, *interval])
-    with diagnosis_folder(folder, [record["checkpoint"] for record in records]) as out:
-        out.write_json("results.json", {"command": command, "checkpoints": records})
-        with out.file("lenses.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+    try:
+        if held_out is None:
+            return samples_of(text.settings, tokenizer, length, samples, text.held_out)
+        if rows := draw_samples(held_out, tokenizer, length, samples):
+            return rows
+        raise no_samples(text.settings, text.held_out)
+    except SourceError as error:
+        if data is not None or text.recipe_file is None:
+            raise
+        raise SourceError(f"{error} This is the text of {text.recipe_file}: for another one, use --data.") from error

@@ -11,7 +11,7 @@ import difflib
 import operator
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from ..errors import DiagnosisError
 from ..model.configuration import PLTConfig, loop_count
+from ..result import build, plain
 from ..statistics import Interval, bootstrap_mean
 from .attention import AttentionLenses
 from .lenses import (
@@ -127,24 +128,13 @@ class Diagnosis:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain lists; what is not a number becomes None, since JSON has no NaN."""
-        return {name: _plain(value) for name, value in asdict(self).items()} | {"summary": self.summary()}
+        """Return it as JSON has it, with the `summary` beside: lists, and None for what is not a number."""
+        return {name: plain(value) for name, value in vars(self).items()} | {"summary": self.summary()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
-        def array(value):
-            return np.array(value, dtype=float)
-
-        return cls(
-            loops=content["loops"],
-            trained_loops=content["trained_loops"],
-            values={name: array(value) for name, value in content["values"].items()},
-            one_more_loss=array(content["one_more_loss"]),
-            tokens=np.array(content["tokens"]),
-            by_layer={name: array(value) for name, value in content["by_layer"].items()},
-            gate_by_head=array(content["gate_by_head"]),
-            head_cosines=array(content["head_cosines"]),
-        )
+        """Return what `to_dict` took apart. Raises ValueError or TypeError: it is none."""
+        return build(cls, content)
 
 
 @torch.no_grad()
@@ -355,15 +345,3 @@ def _mean_of_known(values: np.ndarray) -> Interval:
     """Of those that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return bootstrap_mean(known) if len(known) else Interval(np.nan, np.nan, np.nan)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and np.isnan(value):
-        return None
-    return value

@@ -11,8 +11,7 @@ The rule, in this order:
 """
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from ..statistics import Interval
 from .diagnosis import Diagnosis
@@ -39,9 +38,6 @@ class Verdict:
     sureness: str
     limits: str
     signals: list[Signal] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def give_verdict(d: Diagnosis) -> Verdict:

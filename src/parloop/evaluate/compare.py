@@ -1,60 +1,173 @@
 """Results side by side: against the loop count, with intervals, with tests on the same items, beside the paper's numbers."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ..folder import EVALUATION_REPORT, claimed
+from ..record import command_line
+from ..result import Result, not_kept
 from ..statistics import Interval, bootstrap_mean, mcnemar, resample_weights, wilson
-from .benchmark import benchmarks
-from .results import Group, groups, load_results
+from .benchmark import Benchmark, benchmarks
+from .results import BenchmarkResult, Group, groups, load_results
 
 
-def compare(folders: list[Path], output: Path) -> dict[str, Any]:
-    """Everything that the report shows; also written to evaluation.json.
+@dataclass
+class Row:
+    """A number in the table of a benchmark: ours, or the paper's; or that it was not run.
 
-    Returns:
-        {"benchmarks": one entry each, with "rows" ("ours" and "paper", or one that says "not run"), "tests" and the "paper"'s values}
+    Attributes:
+        source: "ours", "paper" or "not run".
+        loops: loop count; model: its name, of the paper's its size.
+        value: the number, in the benchmark's unit.
+        interval: low and high end of its 95% interval over items; None where there is none.
+        items: how many; limit: if only the first ones were taken.
+        settings: their hash, if there are several; hash: of the model's weights; date, path: of the result.
+        parts: more numbers of the tool's.
+        tokens_per_solved, seconds_per_solved: what a solved item cost.
+        leaks: items in which something was seen that should not have been.
+    """
+
+    source: str
+    loops: int | None
+    model: str
+    value: float | None
+    interval: list[float] | None = None
+    items: int | None = None
+    limit: int | None = None
+    settings: str = ""
+    hash: str | None = None
+    date: str | None = None
+    path: str | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    tokens_per_solved: float | None = None
+    seconds_per_solved: float | None = None
+    leaks: int | None = None
+
+
+@dataclass
+class PairedTest:
+    """Two of our results on the same items.
+
+    Attributes:
+        base, other: names of the models.
+        test: which test it is, or why there is none.
+        items: how many.
+        difference: other minus base, in the benchmark's unit.
+        p, won, lost: of McNemar's test, two-sided; items that only one of both passes.
+        interval: low and high end of the difference's 95% interval, of a bootstrap.
+    """
+
+    base: str
+    other: str
+    test: str
+    items: int | None = None
+    difference: float | None = None
+    p: float | None = None
+    won: int | None = None
+    lost: int | None = None
+    interval: list[float] | None = None
+
+
+@dataclass
+class Entry:
+    """A benchmark.
+
+    Attributes:
+        benchmark, title, metric, unit, tool: what it is.
+        silent: what the paper does not say.
+        paper: loop count -> the paper's number.
+        rows, tests: see there.
+    """
+
+    benchmark: str
+    title: str
+    metric: str
+    unit: str
+    tool: str
+    silent: str
+    paper: dict[str, float]
+    rows: list[Row] = field(default_factory=list)
+    tests: list[PairedTest] = field(default_factory=list)
+
+    @property
+    def ours(self) -> list[Row]:
+        """Our results; none, if it was not run."""
+        return [row for row in self.rows if row.source == "ours"]
+
+
+@dataclass
+class Comparison(Result):
+    """Results against the loop count, beside the paper's.
+
+    Attributes:
+        benchmarks: all that there are.
+        folders: that results were read from.
+        command: the command that made it.
+        folder: where the report is.
+    """
+
+    FORMAT: ClassVar[int] = 2
+    FILE: ClassVar[str] = "evaluation.json"
+
+    benchmarks: list[Entry]
+    folders: list[str]
+    command: str = ""
+    folder: Path | None = not_kept(default=None)
+
+    def shown(self) -> list[Any]:
+        from .report import tables
+
+        return tables(self)
+
+
+def compare(folders: list[Path], output: Path, command: str | None = None) -> Comparison:
+    """Put results side by side, and write the report.
+
+    Args:
+        folders: with results.
+        output: folder for report.html, evaluation.png and evaluation.json.
+        command: what the report says it was made with.
 
     Raises:
         EvaluationError: there are no results.
         OutputError: others' files are in the way, or the folder cannot be written.
     """
+    from .report import write_report
+
     results = load_results(folders)
     by_benchmark: dict[str, list[Group]] = {}
     for group in groups(results):
         by_benchmark.setdefault(group.benchmark, []).append(group)
-    entries = []
-    for name, benchmark in benchmarks().items():
-        entry: dict[str, Any] = {
-            "benchmark": name, "title": benchmark.title, "metric": benchmark.metric, "unit": benchmark.unit, "tool": benchmark.tool,
-            "silent": benchmark.silent, "paper": {str(loops): value for loops, value in benchmark.paper.items()}, "rows": [], "tests": [],
-        }  # fmt: skip
-        for group in by_benchmark.get(name, []):
-            members = group.by_model()
-            entry["rows"] += [_row(result, len(by_benchmark[name]) > 1) for result in members]
-            entry["tests"] += _tests(members)
-        if by_benchmark.get(name):
-            entry["rows"] += [
-                {"source": "paper", "loops": loops, "model": "7B", "value": value}
-                for loops, value in benchmark.paper.items()
-            ]
-        else:
-            counts, values = (" / ".join(map(str, some)) for some in (benchmark.paper, benchmark.paper.values()))
-            model = f"paper, R = {counts}: {values}" if benchmark.paper else ""
-            entry["rows"].append({"source": "not run", "loops": None, "model": model, "value": None})
-        entries.append(entry)
-    content = {"benchmarks": entries, "folders": [str(folder) for folder in folders]}
-    with claimed(output, EVALUATION_REPORT) as out:
-        out.write_json("evaluation.json", content)
-    return content
+    entries = [_entry(benchmark, by_benchmark.get(name, [])) for name, benchmark in benchmarks().items()]
+    comparison = Comparison(entries, [str(folder) for folder in folders], command or command_line(), output)
+    write_report(comparison, output)
+    return comparison
 
 
-def interval_of(result: dict[str, Any]) -> Interval | None:
+def _entry(benchmark: Benchmark, found: list[Group]) -> Entry:
+    """Return a benchmark's part of the comparison."""
+    entry = Entry(
+        benchmark=benchmark.name, title=benchmark.title, metric=benchmark.metric, unit=benchmark.unit, tool=benchmark.tool,
+        silent=benchmark.silent, paper={str(loops): value for loops, value in benchmark.paper.items()},
+    )  # fmt: skip
+    for group in found:
+        members = group.by_model()
+        entry.rows += [_row(result, len(found) > 1) for result in members]
+        entry.tests += _tests(members)
+    if found:
+        entry.rows += [Row("paper", loops, "7B", value) for loops, value in benchmark.paper.items()]
+    else:
+        counts, values = (" / ".join(map(str, some)) for some in (benchmark.paper, benchmark.paper.values()))
+        entry.rows.append(Row("not run", None, f"paper, R = {counts}: {values}" if benchmark.paper else "", None))
+    return entry
+
+
+def interval_of(result: BenchmarkResult) -> Interval | None:
     """Of the value, over the choice of items, in its unit; None where the value is no mean of them, or one item has no spread."""
-    values, value, scale = np.array(list(result["items"].values())), result["value"], 100 if result["unit"] == "%" else 1
-    passes = set(values) <= {0.0, 1.0} and not result["weights"]
+    values, value, scale = np.array(list(result.items.values())), result.value, 100 if result.unit == "%" else 1
+    passes = set(values) <= {0.0, 1.0} and not result.weights
     if len(values) < 2 and not passes:
         return None
     if not _is_mean(result):
@@ -63,14 +176,14 @@ def interval_of(result: dict[str, Any]) -> Interval | None:
     return Interval(value, min(value, scale * interval.low), max(value, scale * interval.high))  # rounding apart
 
 
-def _is_mean(result: dict[str, Any]) -> bool:
+def _is_mean(result: BenchmarkResult) -> bool:
     """Of the items, by their weights. BFCL's and MultiPL-E's values are means of groups."""
-    mean = np.average(list(result["items"].values()), weights=_weights(result))
-    return abs((100 if result["unit"] == "%" else 1) * float(mean) - result["value"]) <= 1e-6
+    mean = np.average(list(result.items.values()), weights=_weights(result))
+    return abs((100 if result.unit == "%" else 1) * float(mean) - result.value) <= 1e-6
 
 
-def _weights(result: dict[str, Any]) -> np.ndarray | None:
-    return np.array([result["weights"][name] for name in result["items"]]) if result["weights"] else None
+def _weights(result: BenchmarkResult) -> np.ndarray | None:
+    return np.array([result.weights[name] for name in result.items]) if result.weights else None
 
 
 def _mean(values: np.ndarray, sizes: np.ndarray | None) -> Interval:
@@ -82,49 +195,47 @@ def _mean(values: np.ndarray, sizes: np.ndarray | None) -> Interval:
     return Interval(float(values @ sizes / sizes.sum()), float(low), float(high))
 
 
-def _row(result: dict[str, Any], several_settings: bool) -> dict[str, Any]:
-    interval, cost, solved = interval_of(result), result.get("cost") or {}, sum(result["items"].values())
-    row = {
-        "source": "ours", "loops": result["model"]["loops"], "model": result["model"]["name"], "value": result["value"],
-        "interval": None if interval is None else [interval.low, interval.high], "items": len(result["items"]),
-        "hash": result["model"].get("hash"), "date": result["date"], "path": result["path"], "limit": result["settings"].get("limit"),
-        "settings": result["settings_hash"] if several_settings else "", "parts": result["parts"],
-    }  # fmt: skip
-    if result["unit"] == "%" and solved and cost.get("requests"):
-        row["tokens_per_solved"] = (cost["prompt_tokens"] + cost["completion_tokens"]) / solved
-        row["seconds_per_solved"] = cost["seconds"] / solved
-    if "leaks" in result["parts"]:
-        row["leaks"] = len(result["parts"]["leaks"])
+def _row(result: BenchmarkResult, several_settings: bool) -> Row:
+    interval, solved = interval_of(result), sum(result.items.values())
+    row = Row(
+        source="ours", loops=result.model.loops, model=result.model.name, value=result.value,
+        interval=None if interval is None else [interval.low, interval.high], items=len(result.items),
+        limit=result.settings.get("limit"), settings=result.settings_hash if several_settings else "",
+        hash=result.model.hash, date=result.date, path=str(result.path), parts=result.parts,
+    )  # fmt: skip
+    if result.unit == "%" and solved and result.cost.get("requests"):
+        row.tokens_per_solved = (result.cost["prompt_tokens"] + result.cost["completion_tokens"]) / solved
+        row.seconds_per_solved = result.cost["seconds"] / solved
+    if "leaks" in result.parts:
+        row.leaks = len(result.parts["leaks"])
     return row
 
 
-def _tests(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each result against the one of the fewest loops, on the same items."""
+def _tests(members: list[BenchmarkResult]) -> list[PairedTest]:
+    """Test each result against the one of the fewest loops, on the same items."""
     base = members[0]
-    tests: list[dict[str, Any]] = []
-    if base["model"]["loops"] is None:  # of no result it is known
-        return tests
-    for other in members[1:]:
-        names = list(base["items"])
-        if set(names) != set(other["items"]):
-            tests.append({"base": base["model"]["name"], "other": other["model"]["name"], "test": "none: the items differ"})
-            continue
-        one, two = (np.array([result["items"][name] for name in names]) for result in (base, other))
-        test: dict[str, Any] = {"base": base["model"]["name"], "other": other["model"]["name"], "items": len(names)}
-        if set(one) | set(two) <= {0.0, 1.0}:
-            test |= {
-                "test": "McNemar, exact", "p": mcnemar(one.astype(bool), two.astype(bool)), "won": int((two > one).sum()),
-                "lost": int((two < one).sum()), "difference": 100 * float(two.mean() - one.mean()),
-            }  # fmt: skip
-        elif len(names) < 2:
-            test |= {"test": "none: one item"}
-        else:
-            change = _mean(two - one, _weights(base))
-            scale = 100 if base["unit"] == "%" else 1
-            test |= {
-                "test": "paired bootstrap over items", "difference": scale * change.value, "interval": [scale * change.low, scale * change.high],
-            }  # fmt: skip
-        if "difference" in test and not (_is_mean(base) and _is_mean(other)):
-            test["test"] += ", of the items' means and not of the values"
-        tests.append(test)
-    return tests
+    if base.model.loops is None:  # of no result it is known
+        return []
+    return [_test(base, other) for other in members[1:]]
+
+
+def _test(base: BenchmarkResult, other: BenchmarkResult) -> PairedTest:
+    names = list(base.items)
+    test = PairedTest(base.model.name, other.model.name, "none: the items differ")
+    if set(names) != set(other.items):
+        return test
+    test.items = len(names)
+    one, two = (np.array([result.items[name] for name in names]) for result in (base, other))
+    if set(one) | set(two) <= {0.0, 1.0}:
+        test.test, test.p = "McNemar, exact", mcnemar(one.astype(bool), two.astype(bool))
+        test.won, test.lost = int((two > one).sum()), int((two < one).sum())
+        test.difference = 100 * float(two.mean() - one.mean())
+    elif len(names) < 2:
+        test.test = "none: one item"
+    else:
+        change, scale = _mean(two - one, _weights(base)), 100 if base.unit == "%" else 1
+        test.test, test.difference = "paired bootstrap over items", scale * change.value
+        test.interval = [scale * change.low, scale * change.high]
+    if test.difference is not None and not (_is_mean(base) and _is_mean(other)):
+        test.test += ", of the items' means and not of the values"
+    return test

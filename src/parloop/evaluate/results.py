@@ -8,17 +8,111 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import EvaluationError
-from ..record import write_json
+from ..record import write_json, write_text
+from ..result import Result, not_kept
 from .benchmark import Benchmark, Job, Outcome, reading
 
 RESULT, SETTINGS = "result.json", "settings.json"
-FIELDS = {"benchmark", "unit", "value", "items", "weights", "parts", "settings", "settings_hash", "model", "date"}
+
+
+@dataclass
+class Model:
+    """Which model was measured.
+
+    Attributes:
+        name: what its server calls it.
+        loops: its loop count; None if it is not known.
+        checkpoint: folder or Hub name; None for a server that ran already. hash: of its weights and configuration.
+        engine: what ran it, by its own word.
+    """
+
+    name: str
+    loops: int | None
+    checkpoint: str | None = None
+    hash: str | None = None
+    engine: str = "unknown"
+
+
+@dataclass
+class BenchmarkResult(Result):
+    """One benchmark, of one model at one loop count.
+
+    Attributes:
+        benchmark, title, metric, unit: whose number it is, and what it says.
+        value: the number.
+        items: id -> score from 0 to 1, or loss.
+        weights: of the items, where the value is no plain mean.
+        parts: more numbers of the tool's.
+        data: version or hash of the data.
+        settings: what the number depends on besides the model. settings_hash: of them and the data; equal ones can be compared.
+        model: whose it is.
+        date: when it was made, UTC.
+        cost: what the server was asked for.
+        seconds: of all runs that led to it.
+        steps: the tool's commands.
+        command: the command that made it.
+        environment: machine and versions.
+        paper: the paper's number for this loop count.
+        path: of the file.
+    """
+
+    FILE: ClassVar[str] = RESULT
+
+    benchmark: str
+    title: str
+    metric: str
+    unit: str
+    value: float
+    items: dict[str, float]
+    weights: dict[str, float] | None
+    parts: dict[str, Any]
+    data: str
+    settings: dict[str, Any]
+    settings_hash: str
+    model: Model
+    date: str
+    cost: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    steps: list[str] = field(default_factory=list)
+    command: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    paper: float | None = None
+    path: Path | None = not_kept(default=None)
+
+    def shown(self) -> list[Any]:
+        from rich.text import Text
+
+        unit = "%" if self.unit == "%" else f" {self.unit}"
+        return [Text(f"{self.title}, {self.model.name}: {self.value:.4g}{unit}, {len(self.items)} items")]
+
+
+@dataclass
+class EvaluationResult(Result, Sequence):
+    """What a run of `parloop eval` measured, or had measured before: a sequence of results, by loop count and benchmark.
+
+    Attributes:
+        results: each of them is a file of its own.
+        output: the folder that they are in.
+    """
+
+    results: list[BenchmarkResult]
+    output: Path | None = not_kept(default=None)
+
+    def __getitem__(self, place):
+        return self.results[place]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def shown(self) -> list[Any]:
+        return [part for result in self.results for part in result.shown()]
 
 
 def settings_of(benchmark: Benchmark, job: Job) -> dict[str, Any]:
@@ -85,33 +179,39 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     for path, _, _ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:16]
 
 
 def save(
     benchmark: Benchmark, job: Job, outcome: Outcome, settings: dict[str, Any], model: dict[str, Any], more: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the result; returns it."""
-    content = {
-        "benchmark": benchmark.name,
-        "title": benchmark.title,
-        "metric": benchmark.metric,
-        "unit": benchmark.unit,
-        "value": outcome.value,
-        "items": outcome.items,
-        "weights": outcome.weights,
-        "parts": outcome.parts,
-        "data": outcome.data,
-        "settings": settings,
-        "settings_hash": hash_of([settings, outcome.data]),
-        "model": model,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+) -> BenchmarkResult:
+    """Write the result; returns it.
+
+    Args:
+        model: fields of `Model`. more: further fields of the result.
+    """
+    if outcome.value is None:
+        raise ValueError(f"{benchmark.name} has no value: there are no items.")
+    result = BenchmarkResult(
+        benchmark=benchmark.name,
+        title=benchmark.title,
+        metric=benchmark.metric,
+        unit=benchmark.unit,
+        value=outcome.value,
+        items=outcome.items,
+        weights=outcome.weights,
+        parts=outcome.parts,
+        data=outcome.data,
+        settings=settings,
+        settings_hash=hash_of([settings, outcome.data]),
+        model=Model(**model),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
-    }
-    write_json(job.folder / RESULT, content)
-    return content
+        path=job.folder / RESULT,
+    )
+    write_text(job.folder / RESULT, result.to_json())
+    return result
 
 
 @dataclass
@@ -120,42 +220,40 @@ class Group:
 
     benchmark: str
     settings_hash: str
-    results: list[dict[str, Any]]
+    results: list[BenchmarkResult]
 
-    def by_model(self) -> list[dict[str, Any]]:
+    def by_model(self) -> list[BenchmarkResult]:
         """Ordered by loop count, then by name; those of unknown loops last."""
-        return sorted(self.results, key=lambda result: (result["model"]["loops"] or math.inf, result["model"]["name"]))
+        return sorted(self.results, key=lambda result: (result.model.loops or math.inf, result.model.name))
 
 
-def load_results(folders: list[Path]) -> list[dict[str, Any]]:
+def load_results(folders: list[Path]) -> list[BenchmarkResult]:
     """All results below these folders.
 
     Raises:
         EvaluationError: there is none, or a file is no result.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, BenchmarkResult] = {}
     for folder in folders:
         if not folder.exists():
             raise EvaluationError(f"{str(folder)!r} is not there: give folders with results of parloop eval.")
         for path in sorted(folder.rglob(RESULT)):
             try:
-                content = dict(json.loads(path.read_text(encoding="utf-8")))
-                if missing := FIELDS - content.keys():
-                    raise ValueError(f"it has no {sorted(missing)[0]}")
-                content["model"]["loops"], content["model"]["name"]
-            except (ValueError, KeyError, TypeError) as error:
+                result = BenchmarkResult.from_json(path.read_text(encoding="utf-8"))
+            except ValueError as error:
                 raise EvaluationError(
                     f"{str(path)!r} is no result of parloop eval ({error}): take it away, and run parloop eval again if it was one."
                 ) from error
-            found[path.resolve()] = content | {"path": str(path)}
+            result.path = path
+            found[path.resolve()] = result
     if not found:
         raise EvaluationError(f"no result below {', '.join(map(str, folders))}: run parloop eval first.")
     return list(found.values())
 
 
-def groups(results: list[dict[str, Any]]) -> list[Group]:
+def groups(results: list[BenchmarkResult]) -> list[Group]:
     """Results by what can be compared."""
-    by_key: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_key: dict[tuple[str, str], list[BenchmarkResult]] = {}
     for result in results:
-        by_key.setdefault((result["benchmark"], result["settings_hash"]), []).append(result)
+        by_key.setdefault((result.benchmark, result.settings_hash), []).append(result)
     return [Group(*key, members) for key, members in by_key.items()]

@@ -12,12 +12,13 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from ..errors import EvaluationError, OutputError
 from ..folder import LOCK, delete, disk_errors, locked, make_folder, sign, strangers
@@ -29,6 +30,7 @@ from .benchmark import Benchmark, Job, Outcome, Step, benchmarks
 from .environments import folder_of, make
 from .meter import GIVE_UP, Meter, cost
 from .needs import Check, check
+from .results import EvaluationResult
 from .sandbox import sandboxed
 from .serving import Server, check_model, server_version, serving
 
@@ -65,6 +67,19 @@ class Request:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     serve_options: list[str] = field(default_factory=list)
     fresh: bool = False
+
+    @classmethod
+    def of(cls, what: Sequence[str], **options: Any) -> "Request":
+        """Return the request for what was named together: benchmarks, and a checkpoint (a folder, or OWNER/NAME of the Hub).
+
+        Raises:
+            EvaluationError: there are several checkpoints.
+        """
+        checkpoints = [text for text in what if text not in benchmarks() and (Path(text).is_dir() or "/" in text)]
+        if len(checkpoints) > 1:
+            raise EvaluationError(f"{', '.join(checkpoints)}: give one checkpoint.")
+        names = [text for text in what if text not in checkpoints]
+        return cls(names, checkpoint=checkpoints[0] if checkpoints else None, **options)
 
     def check(self) -> None:
         """Raises EvaluationError: it cannot be done."""
@@ -147,8 +162,32 @@ def _absolute(checkpoint: str) -> str | Path:
     return Path(checkpoint).absolute() if Path(checkpoint).is_dir() else checkpoint
 
 
-def plan(request: Request) -> list[tuple[Benchmark, list[Check], list[str]]]:
-    """For each benchmark its needs, and the commands that would be run for the first loop count. Nothing is run or made.
+@dataclass
+class Planned:
+    """A benchmark, its needs, and the commands that would be run for the first of `counts`, the loop counts."""
+
+    benchmark: Benchmark
+    checks: list[Check]
+    commands: list[str]
+    counts: list[int | None]
+
+    def __rich__(self) -> Text:
+        hours = f"{self.benchmark.needs.hours:g} hour" + ("" if self.benchmark.needs.hours == 1 else "s")
+        head = f", {self.benchmark.tool}, about {hours} for each loop count"
+        text = Text.assemble((self.benchmark.title, "bold"), head, no_wrap=True, overflow="ignore")
+        for need in self.checks:
+            mark = ("there", "green") if need.met else ("not there", "red")
+            text.append("\n").append("  ").append(*mark).append(f" {need.what}" + ("" if need.met else f": {need.remedy}"))
+        if self.counts[0] is not None:
+            others = f" (for {', '.join(map(str, self.counts[1:]))} alike)" if self.counts[1:] else ""
+            text.append(f"\n  with R = {self.counts[0]}{others}:")
+        for command in self.commands:
+            text.append(f"\n  $ {command}")
+        return text
+
+
+def plan(request: Request) -> list[Planned]:
+    """Return what would be done, for each benchmark. Nothing is run or made.
 
     Raises:
         EvaluationError: the request cannot be done at all.
@@ -164,7 +203,7 @@ def plan(request: Request) -> list[tuple[Benchmark, list[Check], list[str]]]:
             lines = [shown(step, job) for step in benchmark.steps(job)]
         except EvaluationError as error:
             lines = [f"(not before: {error})"]
-        planned.append((benchmark, check(benchmark, job), lines))
+        planned.append(Planned(benchmark, check(benchmark, job), lines, request.counts()))
     return planned
 
 
@@ -175,8 +214,8 @@ def shown(step: Step, job: Job) -> str:
     return " ".join(filter(None, [variables, shlex.join(step.command)])) + where
 
 
-def evaluate(request: Request, console: Console | None = None) -> list[dict[str, Any]]:
-    """Run what is asked for, or go on with it.
+def evaluate(request: Request, console: Console | None = None) -> EvaluationResult:
+    """Run what is asked for, or go on with it. `compare.compare` makes a report of it.
 
     Returns:
         the results, in the order of loop counts and benchmarks.
@@ -186,10 +225,10 @@ def evaluate(request: Request, console: Console | None = None) -> list[dict[str,
         OutputError: a folder cannot be written, holds something else, or another run works in it.
     """
     with disk_errors(request.output):
-        return _evaluate(request, console or Console(stderr=True))
+        return EvaluationResult(_evaluate(request, console or Console(stderr=True)), request.output)
 
 
-def _evaluate(request: Request, console: Console) -> list[dict[str, Any]]:
+def _evaluate(request: Request, console: Console) -> list[results.BenchmarkResult]:
     request.check()
     counts = request.counts()
     waiting = [name for name in request.benchmarks if request.fresh or not all(request.finished(name, n) for n in counts)]
@@ -282,7 +321,7 @@ def _engine(request: Request, benchmark: Benchmark, server: Server | None) -> st
 
 def _measure(
     request: Request, benchmark: Benchmark, loops: int | None, server: Server | None, bins: dict[str, Path], console: Console
-) -> dict[str, Any]:
+) -> results.BenchmarkResult:
     """One benchmark at one loop count: its result, from before or made now."""
     endpoint = server.url if server is not None else request.endpoint or ""
     job = request.job(benchmark, loops, endpoint, bins)
@@ -293,7 +332,7 @@ def _measure(
     settings = results.settings_of(benchmark, job)
     if request.finished(benchmark.name, loops):
         (kept,) = results.load_results([job.folder])
-        results.claim(job.folder, settings, model | {"engine": kept["model"]["engine"]})  # no server is there to say it
+        results.claim(job.folder, settings, model | {"engine": kept.model.engine})  # no server is there to say it
         return kept
     with locked(job.folder, keep=True) as job.lock:
         model["engine"] = _engine(request, benchmark, server)

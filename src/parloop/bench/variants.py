@@ -1,0 +1,42 @@
+"""The lines of a bench's tables: a model, a loop count, and a way to run it."""
+
+from dataclasses import dataclass
+
+PASS_PER_LOOP = "a pass per loop: the scheme of the vendor's server, not their code"
+WHOLE_PROMPT = "a prefill with every loop on every token"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table: a model, a loop count, and a way to run it."""
+
+    loops: int
+    llama: bool = False  # transformers' LlamaForCausalLM on the same weights
+    one_pass: bool = True  # False: a pass over the weights per loop
+    compiled: bool = False  # static cache and torch.compile
+    tail: bool = True  # False: a prefill runs every loop on the whole prompt
+
+    @property
+    def label(self) -> str:
+        name = "Llama" if self.llama else f"R = {self.loops}"
+        name += "" if self.tail else ", whole prompt"
+        return name + ("" if self.one_pass else ", pass per loop") + (", compiled" if self.compiled else "")
+
+    @property
+    def kind(self) -> str:
+        if self.llama:
+            return "transformers' LlamaForCausalLM"
+        if not self.tail:
+            return WHOLE_PROMPT
+        return "one pass" if self.one_pass else PASS_PER_LOOP
+
+
+def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Variant]:
+    ways = [False, True] if compiled else [False]
+    variants = [Variant(1, llama=True, compiled=way) for way in ways if llama]
+    variants += [Variant(n, compiled=way) for way in ways for n in loops]
+    return variants + [Variant(n, one_pass=False) for n in loops if n > 1]
+
+
+def prefill_variants(loops: list[int], llama: bool) -> list[Variant]:
+    return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops] + [Variant(n, tail=False) for n in loops if n > 1]

@@ -1,0 +1,113 @@
+"""What a diagnosis of checkpoints returns, and how it is shown on a terminal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..result import Result, not_kept
+from .diagnosis import Diagnosis
+from .lenses import LENSES
+from .verdict import Verdict
+
+
+@dataclass
+class TokenView:
+    """Every loop's predictions on a piece of text, see `tokens.token_view`.
+
+    Attributes:
+        document: which tokens of which document they are.
+        first: text of the first token, which nothing predicts.
+        view: one entry for each token after it.
+    """
+
+    document: str
+    first: str
+    view: list[dict[str, Any]]
+
+
+@dataclass
+class CheckpointDiagnosis(Result):
+    """One checkpoint on one text.
+
+    Attributes:
+        checkpoint: folder or Hub name.
+        diagnosis: what every lens saw.
+        sample_hash: of the tokens looked at; two checkpoints with the same one saw the same.
+        verdict: advice.
+        tokens: token by token, a piece of the text.
+        settings: loop counts, sizes, text, device, versions.
+    """
+
+    FILE: ClassVar[str] = "diagnosis.json"
+
+    checkpoint: str
+    diagnosis: Diagnosis
+    sample_hash: str
+    verdict: Verdict
+    tokens: TokenView
+    settings: dict[str, Any]
+
+    def shown(self) -> list[Any]:
+        from rich.text import Text
+
+        told = f"{self.settings['data']}: trained on this text? {self.settings['trained_on_this_text']}."
+        verdict = Text.assemble((self.verdict.headline, "bold"), f" {self.verdict.sureness}\n")
+        return [self._table(), Text(told), verdict]
+
+    def _table(self) -> Any:
+        """Return the lenses, a column per loop, with 95% intervals."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(f"{self.checkpoint}: what each loop adds and costs"), title_justify="left")
+        table.add_column("lens (unit)")
+        for loop in range(1, self.diagnosis.loops + 1):
+            table.add_column(f"loop {loop}", justify="right", no_wrap=True)
+        for name, values in self.diagnosis.summary().items():
+            if any(value is not None for value in values):
+                table.add_row(f"{LENSES[name].title} ({LENSES[name].unit})", *map(_short, values))
+        return table
+
+
+@dataclass
+class DiagnosisResult(Result):
+    """Checkpoints on one text each, side by side.
+
+    Attributes:
+        command: the command that made it.
+        checkpoints: in the order that they were given.
+        folder: where the report is.
+    """
+
+    command: str
+    checkpoints: list[CheckpointDiagnosis]
+    folder: Path | None = not_kept(default=None)
+
+    def shown(self) -> list[Any]:
+        return [part for checkpoint in self.checkpoints for part in checkpoint.shown()]
+
+    def labels(self) -> list[str]:
+        """Return what reports call the checkpoints: the loop count, with the checkpoint's name where several have the same."""
+        counts = [one.diagnosis.loops for one in self.checkpoints]
+        names = [
+            f"R = {n}" if counts.count(n) == 1 else f"{Path(one.checkpoint).name} (R = {n})"
+            for n, one in zip(counts, self.checkpoints)
+        ]
+        return names if len(set(names)) == len(names) else [f"{name} [{i}]" for i, name in enumerate(names, 1)]
+
+    def rows(self) -> list[list[Any]]:
+        """Return the lines of lenses.csv."""
+        lines: list[list[Any]] = [["checkpoint", "lens", "unit", "loop", "mean", "low", "high"]]
+        for one in self.checkpoints:
+            for lens, loops in one.diagnosis.summary().items():
+                for loop, interval in enumerate(loops, 1):
+                    if interval is not None:
+                        lines.append([one.checkpoint, lens, LENSES[lens].unit, loop, *interval])
+        return lines
+
+
+def _short(value: list[float] | None) -> str:
+    if value is None:
+        return ""
+    mean, low, high = value
+    return f"{mean:.3g}" if low is None else f"{mean:.3g} ±{max(high - mean, mean - low):.1g}"

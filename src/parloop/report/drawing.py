@@ -1,0 +1,78 @@
+"""The style of figures: colours that colour-blind readers can tell apart, a unit on every axis.
+
+Figures are made without pyplot, so that nothing of a notebook's or a window's state is touched.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette; markers and dashes repeat what the colour says.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = ["-", "--", "-.", ":"]
+
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "parloop",
+}
+
+
+def styled(**changes: Any) -> Any:
+    """Return a decorator of functions that draw: in this style, and changes of it."""
+    return matplotlib.rc_context(STYLE | changes)
+
+
+def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0), **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes: an array [rows, columns], or the axes themselves if there is but one.
+
+    Args:
+        size: width and height in inches.
+        options: of `Figure.subplots`.
+    """
+    figure = Figure(figsize=size)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes[0, 0] if axes.size == 1 else axes
+
+
+def legend_of(figure: Figure, axes: Any, **options: Any) -> None:
+    """Put a legend of the axes' lines above all of the figure, where no data can lie under it.
+
+    Args:
+        options: of `Figure.legend`.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", **({"ncols": min(4, len(labels))} | options))
+
+
+def svg(figure: Figure) -> str:
+    """Return the figure as an <svg> element to put into a page."""
+    buffer = io.StringIO()
+    with styled():  # the same names of parts every time
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure, 150 dots per inch."""
+    figure.savefig(path, dpi=150, format="png")
+
+
+def look(n: int) -> dict[str, Any]:
+    """Return colour, marker and dash of loop count n."""
+    return {
+        "color": COLORS[(n - 1) % len(COLORS)],
+        "marker": MARKERS[(n - 1) % len(MARKERS)],
+        "linestyle": DASHES[(n - 1) % 4],
+    }

@@ -1,0 +1,72 @@
+"""The arms of a study: what one model has that the others have not."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..train.recipe import Recipe
+
+
+def _differs(column: str, label: str, folder: str, **options: Any) -> Any:
+    """Make a field of an arm.
+
+    Args:
+        column: its title in tables.
+        label: its part of an arm's label; {} is the value.
+        folder: its part of the names of runs' folders.
+        options: of `dataclasses.field`, a default for every field but the first: an arm at its default does not name the field.
+    """
+    return dataclasses.field(**options, metadata={"column": column, "label": label, "folder": folder})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of model of a study. A field is a field of the recipe, or else `recipe` says what it changes there.
+
+    A further field is one more column in every table once two arms differ in it, one more part of labels and folders, and a part of
+    `arm` in results.json; figures draw a line for all arms that differ in their loop count only.
+    """
+
+    loops: int = _differs("R", "R = {}", "r{}")
+
+    @property
+    def label(self) -> str:
+        """What the arm is called in texts: R = 2."""
+        return ", ".join(self._parts("label"))
+
+    @property
+    def name(self) -> str:
+        """What its runs' folders begin with: r2."""
+        return "-".join(self._parts("folder"))
+
+    @property
+    def line(self) -> str:
+        """What a line of a figure is called, which has a point for each loop count; empty if it is the only one."""
+        return ", ".join(self._parts("label")[1:])
+
+    def recipe(self, recipe: Recipe, **changes: Any) -> Recipe:
+        """Return the protocol's recipe for this arm, and with further changes."""
+        return dataclasses.replace(recipe, **dataclasses.asdict(self), **changes)
+
+    def _parts(self, kind: str) -> list[str]:
+        fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        return [field.metadata[kind].format(getattr(self, field.name)) for field in fields]
+
+
+def columns(arms: Sequence[Arm]) -> dict[str, list[str]]:
+    """Return the columns of a table that tell the arms apart: title -> a cell for every arm. The loop count is always one."""
+    shown = {}
+    for number, field in enumerate(dataclasses.fields(Arm)):
+        cells = [str(getattr(arm, field.name)) for arm in arms]
+        if number == 0 or len(set(cells)) > 1:
+            shown[field.metadata["column"]] = cells
+    return shown
+
+
+def lines(arms: Sequence[Arm]) -> dict[str, list[int]]:
+    """Return what figures draw a line for: its name -> places of the arms in it, by loop count."""
+    found: dict[str, list[int]] = {}
+    for place, arm in sorted(enumerate(arms), key=lambda entry: entry[1].loops):
+        found.setdefault(arm.line, []).append(place)
+    return found

@@ -1,0 +1,106 @@
+"""Figures of a study. A line is drawn for all arms that differ in their loop count only."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..report.drawing import COLORS, DASHES, MARKERS, legend_of, look, panels, styled
+from .arms import lines
+from .results import Row, StudyResult
+
+
+def _lines(result: StudyResult) -> dict[str, list[Row]]:
+    """Return the name of every line, and its rows by loop count."""
+    found = lines([row.arm for row in result.rows])
+    return {name: [result.rows[place] for place in places] for name, places in found.items()}
+
+
+def _counts(rows: list[Row]) -> list[int]:
+    return [row.arm.loops for row in rows]
+
+
+@styled()
+def loss_curves(result: StudyResult) -> Figure:
+    """Training loss (smoothed, thin) and validation loss (marked) against training tokens."""
+    figure, axes = panels()
+    per_step = result.recipe["batch_size"] * result.recipe["length"]
+    several = len(_lines(result)) > 1
+    for number, row in enumerate(result.rows, 1):
+        style = look(number if several else row.arm.loops)
+        for i, (curve, validation) in enumerate(zip(row.loss_curves, row.validation_curves)):
+            steps, losses = np.array(curve).T
+            width = max(1, len(losses) // 40)
+            smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+            label = row.arm.label if i == 0 else None
+            thin = {"color": style["color"], "alpha": 0.45, "linewidth": 1, "label": None if validation else label}
+            axes.plot(steps * per_step / 1e6, smooth, **thin)
+            if validation:
+                steps, losses = np.array(validation).T
+                axes.plot(steps * per_step / 1e6, losses, label=label, markersize=4, **style)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    final = [curve[-1][1] for row in result.rows for curve in row.validation_curves if curve]
+    if final:
+        axes.set_ylim(min(final) - 0.1, max(final) + 2.0)
+    legend_of(figure, axes, title="validation; thin: training" if final else "training")
+    return figure
+
+
+@styled()
+def loss_against_loops(result: StudyResult) -> Figure:
+    """Held-out loss with intervals and the read-outs of intermediate loops; below, the paired difference."""
+    figure, grid = panels(2, 1, (6.4, 5.4), height_ratios=[3, 2], sharex=True)
+    top, bottom = grid[:, 0]
+    several, shown = len(_lines(result)) > 1, set()
+    bottom.axhline(0, color="black", linewidth=0.8)
+    for number, (name, rows) in enumerate(_lines(result).items()):
+        style = {"color": COLORS[number % len(COLORS)], "capsize": 4}
+        losses = style | ({} if several else {"color": "black"}) | {"label": f"{name or 'last loop'}, 95% interval"}
+        _errorbar(top, rows, [row.bits_per_byte for row in rows], marker="o", **losses)
+        differences = [row.difference_to_base for row in rows]
+        _errorbar(bottom, rows, differences, marker="s", linestyle="--", **style)
+        for row in rows:
+            for r, value in enumerate(row.bits_per_byte_after_loop[:-1], 1):
+                label = None if r in shown else f"read out after loop {r}"
+                shown.add(r)
+                point = {"color": look(r)["color"], "marker": look(r + 1)["marker"], "linestyle": "", "label": label}
+                top.plot(row.arm.loops, value, **point)
+    top.set_ylabel("held-out loss (bits per byte)")
+    legend_of(figure, top, ncols=2)
+    bottom.set_ylabel(f"paired difference\nto {result.row(result.base).arm.label} (bits per byte)")
+    bottom.set_xlabel("loop count R")
+    bottom.set_xticks(sorted(set(_counts(result.rows))))
+    return figure
+
+
+def _errorbar(axes, rows: list[Row], intervals: list, **style) -> None:
+    middle, low, high = np.array(intervals).T
+    axes.errorbar(_counts(rows), middle, yerr=[middle - low, high - middle], **style)
+
+
+COSTS = {
+    "training FLOPs per token": lambda row: row.training_flops_per_token,
+    "training time per token": lambda row: 1 / row.training_tokens_per_second,
+    "prefill time": lambda row: row.costs.prefill_ms.median,
+    "decode, a pass per loop": lambda row: row.costs.decode_pass_per_loop_ms.median,
+    "decode, one pass": lambda row: row.costs.decode_ms.median,
+    "memory of a training step": lambda row: row.costs.peak_training_bytes,
+}
+
+
+@styled()
+def cost_against_loops(result: StudyResult) -> Figure:
+    """Costs relative to the base's, a panel for each line of arms."""
+    base, by_line = result.row(result.base), _lines(result)
+    figure, grid = panels(1, len(by_line), (max(6.4, 4.0 * len(by_line)), 4.4), sharey=True)
+    for axes, (name, rows) in zip(np.atleast_1d(grid).flat, by_line.items()):
+        for i, (label, cost) in enumerate(COSTS.items()):
+            style = {"color": COLORS[i], "marker": MARKERS[i], "linestyle": DASHES[i % 4]}
+            axes.plot(_counts(rows), [cost(row) / cost(base) for row in rows], label=label, **style)
+        axes.set_xticks(_counts(rows))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("loop count R")
+        axes.set_title(name, fontsize=10)
+    first = np.atleast_1d(grid).flat[0]
+    first.set_ylabel(f"cost over that of {base.arm.label} (ratio)")
+    legend_of(figure, first, ncols=2)
+    return figure

@@ -1,0 +1,50 @@
+"""The report of a study: one page, its figures, and a README that says how to go on."""
+
+import json
+from pathlib import Path
+
+from ..diagnosis.lenses import LENSES
+from ..diagnosis.report import drawings, views
+from ..diagnosis.results import CheckpointDiagnosis
+from ..folder import STUDY, OutputFolder, claimed
+from ..report.page import put, render
+from .arms import columns
+from .figures import cost_against_loops, loss_against_loops, loss_curves
+from .results import StudyResult
+
+
+def write_report(result: StudyResult, folder: str | Path | OutputFolder) -> Path:
+    """Write results.json, report.html, the figures as PNG, and README.md. Returns the path of the page.
+
+    Args:
+        folder: the study's, with its runs.
+
+    Raises:
+        OutputError: the folder holds something else than a study, or cannot be written.
+    """
+    with claimed(folder, STUDY) as out:
+        diagnoses = [
+            CheckpointDiagnosis.from_json((out.path / row.diagnosis).read_text(encoding="utf-8")) for row in result.rows
+        ]
+        shown = views(diagnoses, [row.arm.label for row in result.rows])
+        figures = {
+            "loss": ("Held-out loss against the loop count", loss_against_loops(result)),
+            "curves": ("Loss while training", loss_curves(result)),
+            "cost": ("Cost against the loop count", cost_against_loops(result)),
+        }
+        out.write(result.FILE, result.to_json())
+        page = render(
+            "study/report.html",
+            result=result,
+            base=result.row(result.base),
+            arms=columns([row.arm for row in result.rows]),
+            folder=out.path,
+            figures=put(figures, out),
+            settings=json.dumps(result.recipe, indent=1),
+            lens_figures=drawings(shown, out),
+            records=shown,
+            lenses=LENSES,
+        )
+        out.write("report.html", page)
+        out.write("README.md", render("study/readme.md", result=result, folder=out.path))
+    return out.path / "report.html"
