@@ -156,9 +156,10 @@ def study(
     /,
     *,
     loops: Annotated[list[int] | None, Many] = None,
-    preset: str = "quick",
+    preset: str | None = None,
     seeds: int = 1,
     match: str = "tokens",
+    control: Annotated[list[str] | None, Many] = None,
     output: Path | None = None,
     fresh: bool = False,
     overrides: Annotated[StudyOverrides, Parameter(name="*")] = StudyOverrides(),  # noqa: B008
@@ -172,15 +173,19 @@ def study(
     Parameters
     ----------
     source
-        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME.
+        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
+        that takes depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
     loops
         The loop counts to compare. Default: 1 2 3 4.
     preset
-        quick (six minutes on two cores), laptop (planned for an hour), gpu (planned for half an hour on one large GPU), or a recipe file.
+        Default: quick, or task for a task. quick (six minutes on two cores), task (minutes on two cores), laptop (planned for an hour), gpu (planned for half an hour on one large GPU), or a recipe file.
     seeds
         Trainings per loop count. Several make the intervals cover the luck of training.
     match
         tokens: the same training tokens for all. compute: the same training FLOPs.
+    control
+        Models of one loop beside every loop count above 1. deep: as many times the layers, each with its own weights. compute: as many more
+        training tokens as the loops' compute buys.
     output
         Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default.
     fresh
@@ -190,7 +195,18 @@ def study(
 
     changes = _given(overrides) | ({} if source is None else {"source": source})
     console = _console()
-    result = run_study(preset, output, loops=loops, seeds=seeds, match=match, changes=changes, console=console, fresh=fresh)
+    preset = preset or ("task" if str(changes.get("source", "")).startswith("task:") else "quick")
+    result = run_study(
+        preset,
+        output,
+        loops=loops,
+        seeds=seeds,
+        match=match,
+        controls=control,
+        changes=changes,
+        console=console,
+        fresh=fresh,
+    )
     console.print(result)
     _name_files(console, "report", result.folder, "report.html")
 

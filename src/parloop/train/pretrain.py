@@ -221,7 +221,10 @@ def _train(
         state.wait_for_everyone()
     if main and is_task(recipe.source):
         saved = load_model(output, recipe.device)
-        result["answers"] = task_accuracy(saved, task_of(recipe.source), tokenizer=data.tokenizer).summary()
+        answers = task_accuracy(saved, task_of(recipe.source), tokenizer=data.tokenizer)
+        kept: dict[str, Any] = answers.arrays()
+        np.savez_compressed(output / f"evaluation-{len(answers.correct)}.npz", **kept)
+        result["answers"] = answers.summary()
     if main:
         if data.stream is not None:
             result["data"] = what_was_read(output)

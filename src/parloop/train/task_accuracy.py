@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..corpus.tasks import HELD_OUT, Encoded, Encoder, Task
+from ..corpus.tasks.encode import IGNORED
 from ..errors import SourceError
 from ..statistics import bootstrap_mean
+from .evaluate import Evaluation
 
 ROW_TOKENS = 8192  # tokens of a batch; the longest row counts
 
@@ -26,6 +28,8 @@ class TaskAccuracy:
         exact: [instances, G] of bool, whether all of them are.
         nll: [instances, G], nats per answer; after the true worked steps where these are written.
         written: [instances, G], tokens that the model wrote before it ended, the answer's included; 0 where it only says answers.
+        evaluation: the loss of all that training asks for, worked steps included, as of a text whose bytes are what is asked for; of lengths
+            that training has.
     """
 
     source: str
@@ -36,6 +40,7 @@ class TaskAccuracy:
     exact: np.ndarray
     nll: np.ndarray
     written: np.ndarray
+    evaluation: Evaluation
 
     def summary(self) -> dict[str, Any]:
         """Means over instances with their intervals, group by group, as JSON holds them."""
@@ -44,6 +49,19 @@ class TaskAccuracy:
             values = {name: getattr(self, name)[:, i] for name in ("correct", "exact", "nll", "written")}
             rows.append({"group": group, "chance": chance} | {name: _interval(of) for name, of in values.items()})
         return {"source": self.source, "unit": self.unit, "instances": len(self.correct), "groups": rows}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The outcomes as arrays by name, to be kept."""
+        outcomes = {name: getattr(self, name) for name in ("correct", "exact", "nll", "written")}
+        return outcomes | {f"evaluation_{name}": value for name, value in vars(self.evaluation).items()}
+
+    @classmethod
+    def of(cls, task: Task, arrays: Any) -> "TaskAccuracy":
+        """What `arrays` kept, of all of a task's groups."""
+        evaluation = Evaluation(**{name: arrays[f"evaluation_{name}"] for name in ("nll", "correct", "tokens", "bytes")})
+        chance = [task.chance(group) for group in task.groups]
+        outcomes = {name: arrays[name] for name in ("correct", "exact", "nll", "written")}
+        return cls(task.source, task.unit, list(task.groups), chance, **outcomes, evaluation=evaluation)
 
 
 def _interval(values: np.ndarray) -> list[float | None]:
@@ -90,11 +108,19 @@ def task_accuracy(
 
     shape = (instances, len(chosen))
     nll, right, answers, written = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    R = model.config.plt_num_loops if loops is None else loops
+    counts = np.zeros((2, instances), dtype=np.int64)
+    evaluation = Evaluation(nll=np.zeros((instances, R)), correct=counts[0], tokens=counts[1], bytes=counts[1])
     was_training = model.training
     model.eval()
     for batch in _batches(asked):
-        nll_BT, right_BT, groups_BT = _read(model, [document for _, _, document in batch], loops)
+        nll_RBT, right_BT, asked_BT, groups_BT = _read(model, [document for _, _, document in batch], loops)
+        nll_BT = nll_RBT[-1]
+        trained_BT = asked_BT & np.isin(groups_BT, [0, *task.trained_groups])
         for row, (i, _, _) in enumerate(batch):
+            evaluation.nll[i] += nll_RBT[:, row, trained_BT[row]].sum(-1)
+            evaluation.correct[i] += (right_BT & trained_BT)[row].sum()
+            evaluation.tokens[i] += trained_BT[row].sum()
             for column, group in enumerate(chosen):
                 at = groups_BT[row] == group
                 nll[i, column] += nll_BT[row][at].sum()
@@ -116,6 +142,7 @@ def task_accuracy(
         exact=right == answers,
         nll=nll / answers,
         written=written,
+        evaluation=evaluation,
     )
 
 
@@ -144,25 +171,32 @@ def _batches(asked: list[tuple[int, int | None, Encoded]]):
         ordered = ordered[count:]
 
 
-def _read(model: Any, documents: list[Encoded], loops: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every place [B, T] whose label is an answer: its loss in nats, whether it is right, and its group; zeros elsewhere."""
+def _read(model: Any, documents: list[Encoded], loops: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every place with a label: its loss in nats after every loop [R, B, T] and whether the last one is right [B, T], zeros elsewhere; where
+    labels are, and the groups of those that are answers [B, T]."""
     T = len(documents[0].input_ids)  # the longest
     ids, labels, groups = (
-        np.stack([np.pad(getattr(document, name), (0, T - len(document.input_ids))) for document in documents])
-        for name in ("input_ids", "labels", "groups")
+        np.stack(
+            [
+                np.pad(getattr(document, name), (0, T - len(document.input_ids)), constant_values=pad)
+                for document in documents
+            ]
+        )
+        for name, pad in (("input_ids", 0), ("labels", IGNORED), ("groups", 0))
     )
+    asked = labels != IGNORED
+    asked[:, 0] = False
     # Padding comes after the text, so no real token sees it and no mask is needed.
     inputs = torch.from_numpy(ids[:, :-1]).long().to(model.device)
-    places = torch.from_numpy(groups[:, 1:] > 0).to(model.device)
-    states_BTD = model.model(inputs, use_cache=False, num_loops=loops).last_hidden_state
-    logits = model.lm_head(states_BTD[places]).float()
+    places = torch.from_numpy(asked[:, 1:]).to(model.device)
     targets = torch.from_numpy(labels[:, 1:]).long().to(model.device)[places]
-    nll_BT, right_BT = np.zeros(groups.shape), np.zeros(groups.shape, dtype=bool)
-    at = groups > 0
-    at[:, 0] = False
-    nll_BT[at] = F.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
-    right_BT[at] = (logits.argmax(-1) == targets).cpu().numpy()
-    return nll_BT, right_BT, groups
+    states = model.model(inputs, use_cache=False, num_loops=loops).loop_states
+    nll_RBT, right_BT = np.zeros((len(states), *groups.shape)), np.zeros(groups.shape, dtype=bool)
+    for loop, states_BTD in enumerate(states):
+        logits = model.lm_head(states_BTD[places]).float()
+        nll_RBT[loop, asked] = F.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
+    right_BT[asked] = (logits.argmax(-1) == targets).cpu().numpy()
+    return nll_RBT, right_BT, asked, groups
 
 
 def _write(model: Any, documents: list[Encoded], loops: int | None, tokenizer: Any) -> list[tuple[bool, int]]:

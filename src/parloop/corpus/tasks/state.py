@@ -51,6 +51,10 @@ class RunningTask(Task):
         n = self.length
         return (n // 4, n // 2, 3 * n // 4, *(n * 2**k for k in range(4)))
 
+    @property
+    def trained_groups(self) -> tuple[int, ...]:
+        return tuple(group for group in self.groups if group <= self.length)
+
     @cached_property
     def group_of(self) -> np.ndarray:
         """int32 [8 * length]: the group of every position."""

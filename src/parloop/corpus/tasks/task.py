@@ -98,6 +98,11 @@ class Task(ABC):
     def groups(self) -> tuple[int, ...]:
         """The groups that held-out answers fall into, easiest first."""
 
+    @property
+    def trained_groups(self) -> tuple[int, ...]:
+        """Those that training has answers of."""
+        return self.groups
+
     @abstractmethod
     def chance(self, group: int) -> float:
         """Share of a group's answers that are right if the most frequent one is always given, unread."""
