@@ -10,7 +10,7 @@ import parloop
 
 SOURCE = Path(parloop.__file__).parent
 OPENERS = ("open", "read_text", "write_text", "fdopen", "TextIOWrapper", "NamedTemporaryFile")
-NOT_OURS = ("os.open", "Image.open", "webbrowser.open")
+NOT_OURS = ("os.open", "Image.open", "webbrowser.open", "write_text")  # the last is record.py's, in UTF-8
 
 
 def without_encoding(text: str) -> list[str]:

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 
+from parloop.checkpoints import load_model
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
-from parloop.generate import closing_reasoning, load_model, stream
+from parloop.generate import closing_reasoning, stream
 from tests.helpers.chats import byte_tokenizer
 from tests.helpers.models import tiny_model
 

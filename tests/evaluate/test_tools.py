@@ -27,7 +27,7 @@ from parloop.evaluate.environments import make
 from parloop.evaluate.run import Request, evaluate
 from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
-from parloop.train.pretrain import train
+from parloop.train.training import train
 from tests.helpers.chats import byte_tokenizer
 from tests.helpers.models import tiny_model
 from tests.helpers.scripted import Scripted, call

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from parloop.checkpoints import load_model
 from parloop.cli import app
 from parloop.corpus.tasks import task_of
 from parloop.errors import RecipeError, SourceError
-from parloop.generate import load_model
 from parloop.statistics import Interval
 from parloop.study import Arm, StudyResult, run_study
 from parloop.study.arms import lines

@@ -16,8 +16,8 @@ from parloop.diagnosis.checkpoint import diagnose_checkpoint
 from parloop.diagnosis.diagnosis import diagnose
 from parloop.errors import DiagnosisError, RecipeError, SourceError
 from parloop.train import Recipe
-from parloop.train.pretrain import train
 from parloop.train.task_accuracy import task_accuracy
+from parloop.train.training import train
 from tests.helpers.models import tiny_model
 
 QUIET = Console(quiet=True)
@@ -40,12 +40,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_on_a_task_learns_its_answers(finished):
     folder, result = finished
-    losses = [loss for _, loss in result["loss_curve"]]
+    losses = [loss for _, loss in result.loss_curve]
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.72 < losses[0]  # ln 2 is a guess; there are five symbols
-    assert [step for step, _ in result["validation_curve"]] == [20, 40]
+    assert [step for step, _ in result.validation_curve] == [20, 40]
     answers = json.loads((folder / "training.json").read_text())["answers"]
-    assert answers == result["answers"]
+    assert answers == result.answers
     assert [row["group"] for row in answers["groups"]] == [4, 8, 12, 16, 32, 64, 128]
     for row in answers["groups"]:
         value, low, high = row["correct"]
@@ -62,7 +62,7 @@ def test_its_model_is_asked_with_its_own_tokenizer(finished):
     assert model.config.vocab_size == 5
     assert model.config.max_position_embeddings == 8 * 40  # held-out texts are eight times as long
     again = task_accuracy(model, task, tokenizer=tokenizer)
-    assert again.summary() == result["answers"]
+    assert again.summary() == result.answers
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
@@ -76,12 +76,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
     with pytest.raises(StopError):
         train(recipe_of(), tmp_path / "run", console=QUIET, on_step=stop)
     result = train(recipe_of(), tmp_path / "run", console=QUIET)
-    assert result["loss_curve"] == finished[1]["loss_curve"]
+    assert result.loss_curve == finished[1].loss_curve
 
 
 def test_seeds_train_on_other_documents(tmp_path):
     first = [
-        train(recipe_of(seed=seed, tokens=160, eval_every=0), tmp_path / str(seed), console=QUIET)["loss_curve"]
+        train(recipe_of(seed=seed, tokens=160, eval_every=0), tmp_path / str(seed), console=QUIET).loss_curve
         for seed in (0, 1)
     ]
     assert first[0] != first[1]
@@ -117,7 +117,7 @@ def test_a_given_tokenizer_is_trained_with(tmp_path):
     train_tokenizer(["0 1 1 0"] * 3, 270).save_pretrained(tmp_path / "tokenizer")
     recipe = recipe_of(tokenizer=str(tmp_path / "tokenizer"), vocab_size=270, tokens=160, eval_every=0)
     result = train(recipe, tmp_path / "run", console=QUIET)
-    assert 5.0 < result["loss_curve"][0][1] < 6.2  # of 270 tokens
+    assert 5.0 < result.loss_curve[0][1] < 6.2  # of 270 tokens
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 270
 
 

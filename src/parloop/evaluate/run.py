@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..checkpoints import load_config, local_folder
 from ..errors import EvaluationError, OutputError
 from ..folder import LOCK, delete, disk_errors, locked, make_folder, sign, strangers
-from ..generate import load_config, local_folder
 from ..record import command_line, environment
 from ..serve.server import served_names
 from . import results

@@ -4,24 +4,24 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..checkpoints import load_model
 from ..corpus import Corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..diagnosis.results import CheckpointDiagnosis
 from ..errors import RecipeError
-from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..record import write_text
 from ..report.terminal import progress_bars
 from ..train.evaluate import Evaluation, evaluate_documents
-from ..train.pretrain import train
 from ..train.recipe import Recipe
+from ..train.result import TrainingResult
 from ..train.task_accuracy import TaskAccuracy, task_accuracy
+from ..train.training import train
 from .arms import Arm
 from .task import TaskCorpus
 
@@ -47,7 +47,7 @@ class Run:
     recipe: Recipe
     flops: float
     first: bool
-    training: dict[str, Any] = field(init=False)
+    training: TrainingResult = field(init=False)
     evaluation: Evaluation = field(init=False)
     answers: TaskAccuracy | None = None
 
@@ -105,7 +105,7 @@ def train_all(
             run.training = train(
                 run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh
             )
-            on_step(run.recipe.steps, run.training["loss_curve"][-1][1])
+            on_step(run.recipe.steps, run.training.loss_curve[-1][1])
             look_at(run, output / run.name, corpus, document_chars, console)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from ..checkpoints import load_part
 from ..corpus.tasks import Task, task_of
-from ..generate import load_part
 from ..statistics import Interval, mean_over, resample_weights
 from ..train.recipe import Recipe
 from ..train.task_accuracy import TaskAccuracy
