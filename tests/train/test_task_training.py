@@ -132,8 +132,8 @@ def test_a_task_is_read_as_text_by_nobody(tmp_path):
 def test_a_diagnosis_measures_the_answers_of_held_out_documents(finished):
     folder, _ = finished
     record = diagnose_checkpoint(folder, samples=6, length=17, batch_size=3, console=QUIET)
-    assert record["settings"]["data"] == "task:parity,length=16"
-    assert record["settings"]["trained_on_this_text"].startswith("no: held-out documents")
+    assert record.settings["data"] == "task:parity,length=16"
+    assert record.settings["trained_on_this_text"].startswith("no: held-out documents")
     task, model = task_of("task:parity,length=16"), AutoModelForCausalLM.from_pretrained(folder)
     encode = Encoder(task, task.tokenizer())
     expected = []
@@ -142,14 +142,14 @@ def test_a_diagnosis_measures_the_answers_of_held_out_documents(finished):
         with torch.no_grad():
             logits = model(torch.tensor(document.input_ids[None, :17]).long()).logits[0, 1:-1]
         expected.append(F.cross_entropy(logits, torch.tensor(document.labels[2:17]).long()).item())
-    found = [values[-1] for values in record["diagnosis"]["values"]["loss"]]
+    found = [values[-1] for values in record.diagnosis.values["loss"]]
     assert sorted(found) == pytest.approx(sorted(expected), abs=1e-5)
 
 
 def test_a_diagnosis_says_when_the_task_was_trained_on_with_other_options(finished):
     record = diagnose_checkpoint(finished[0], data="task:parity,length=20", samples=2, length=20, console=QUIET)
-    assert record["settings"]["trained_on_this_text"].startswith("may be: ")
-    assert "task:parity,length=16" in record["settings"]["trained_on_this_text"]
+    assert record.settings["trained_on_this_text"].startswith("may be: ")
+    assert "task:parity,length=16" in record.settings["trained_on_this_text"]
 
 
 def test_a_diagnosis_of_too_short_samples_says_how_long_they_must_be(finished):
