@@ -186,6 +186,21 @@ def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
     assert "figure-hidden" in text
 
 
+def test_names_that_are_not_utf8_are_replaced_in_the_report(made, tmp_path, monkeypatch):
+    """Of the text's folder, of documents in it, and in the command."""
+    named = tmp_path / os.fsdecode(b"t\xffxt")
+    shutil.copytree(made / "text", named)
+    for path in named.rglob("*.py"):
+        path.rename(path.with_name(os.fsdecode(b"\xfe") + path.name))
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", "--data", str(named)])
+    result = diagnose_checkpoints([made / "r2"], tmp_path / "out", data=str(named), samples=3, length=32, device="cpu")
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    (one,) = result.checkpoints
+    assert re.search(r"/t\?xt/package_\d/\?module_\d+\.py", one.tokens.document)
+    for part in (one.tokens.document, f"parloop diagnose --data &#39;{tmp_path}/t?xt&#39;", one.settings["data"]):
+        assert part in text
+
+
 def parloop(*arguments, cwd):
     command = [sys.executable, "-m", "parloop", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "100"})
