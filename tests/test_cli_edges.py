@@ -15,6 +15,7 @@ from parloop import cli
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
 from parloop.generate import stream
+from parloop.train import TrainingResult
 from tests.helpers.models import tiny_model
 
 
@@ -174,8 +175,9 @@ def test_what_is_not_there_under_an_odd_name(parloop, tmp_path, monkeypatch, ver
 
 
 def test_the_next_command_can_be_pasted(parloop, monkeypatch, tmp_path):
-    result = {"steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0, "loss_curve": [[1, 2.0]]}
-    monkeypatch.setattr("parloop.train.pretrain.train", lambda *a, **k: result)
+    numbers = {"steps": 1, "tokens": 1, "processes": 1, "seconds": 1.0, "tokens_per_second": 1.0}
+    result = TrainingResult(**numbers, loss_curve=[[1, 2.0]], validation_curve=[], folder=Path("my run; x"))
+    monkeypatch.setattr("parloop.train.training.train", lambda *a, **k: result)
     monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: [])
     assert "next:  parloop generate 'my run; x' 'def '" in parloop("train", "quick", "--output", "my run; x")[1]
     server = ("--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
