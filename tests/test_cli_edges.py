@@ -119,7 +119,7 @@ def test_files_of_a_checkpoint_that_are_no_json_object(checkpoint, tmp_path, nam
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
+    "content", ["[]", "{", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
 )
 def test_generation_settings_of_a_wrong_form(checkpoint, tmp_path, content):
     with pytest.raises(CheckpointError, match=r"generation_config.json"):

@@ -34,7 +34,7 @@ from transformers.distributed.utils import gather_full_state_dict
 
 from ..errors import CheckpointError
 from ..folder import check_room, new_folder
-from ..generate import load_part, other_head, refuse_other_weights
+from ..generate import check_weights, load_part, other_head, refuse_other_weights
 from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
@@ -87,9 +87,19 @@ def load_weights(model: Any, folder: Path) -> None:
         CheckpointError: the files lack a weight, hold others than the model's, or cannot be read.
     """
     if _has_adapter(model):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        given = load_file(folder / "adapter_model.safetensors")
+        held, asked = (
+            {(name, tuple(tensor.shape)) for name, tensor in state.items() if ".lora_" in name}
+            for state in (given, get_peft_model_state_dict(model, save_embedding_layers=False))
+        )
+        if held != asked:  # peft would leave those that are missing as they begin
+            name, shape = min(held ^ asked)
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r}: its adapters are not the run's: see {name}, of shape {shape}."
+            )
+        set_peft_model_state_dict(model, given)
         return
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -203,7 +213,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         out: folder to make.
 
     Raises:
-        CheckpointError: it is no whole checkpoint.
+        CheckpointError: it is no whole checkpoint, or its weights are not what its config.json says.
         OutputError: the folder is not empty, or cannot be written.
     """
     from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
@@ -211,6 +221,8 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
         raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
+    if (checkpoint / "model.safetensors").is_file():
+        check_weights(checkpoint)
     with new_folder(out) as scratch:
         weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
         check_room(scratch, weights, "the model")

@@ -29,7 +29,7 @@ from ..generate import check_weights, load_config, load_model, load_part, local_
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..record import write_json
-from .checkpoint import load_base, save_model, save_weights
+from .checkpoint import load_base, load_weights, save_model, save_weights
 from .pretrain import (
     MODEL_DONE,
     TRAINED_ON,
@@ -336,13 +336,18 @@ def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] 
 
     Args:
         trained_loops: the loop counts that the adapter was trained at, if they are several.
+
+    Raises:
+        CheckpointError: the adapter is not whole, or is another base's.
     """
     from peft import PeftModel
 
     model: Any = load_model(base, "cpu")
     model.config.plt_trained_loops = trained_loops
     with _quiet():
-        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+        adapted: Any = PeftModel.from_pretrained(model, adapter)
+        load_weights(adapted, adapter)  # raises: some are missing; peft would warn only
+        adapted.merge_and_unload().save_pretrained(out)
 
 
 @contextlib.contextmanager
