@@ -16,7 +16,8 @@ from rich.console import Console
 
 from parloop.corpus import StreamLoader, load_corpus
 from parloop.train import Recipe
-from parloop.train.pretrain import build_model, mixture_of
+from parloop.train.build import build_model
+from parloop.train.data import mixture_of
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from parloop.corpus.chat import load_chat
 from parloop.corpus.sources import files_of
 from parloop.errors import TrainingDivergedError
 from parloop.train import ChatRecipe, Recipe
-from parloop.train.finetune import Rows, finetune, packed
-from parloop.train.pretrain import train
+from parloop.train.conversations import Rows, packed
+from parloop.train.training import train
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}# ask\n{{ m.content }}\n# answer\n{% else %}{% generation %}{{ m.content }}<|eos|>"
@@ -115,7 +115,7 @@ def main() -> None:
                 if not kept.exists():
                     own = dataclasses.replace(recipe, lora_rank=rank, lora_alpha=2.0 * max(rank, 1), learning_rate=rate)
                     try:
-                        finetune(own, folder, console=console)
+                        train(own, folder, console=console)
                         loss = held_out(folder, own, tokenizer, rows)
                     except TrainingDivergedError:
                         loss = None

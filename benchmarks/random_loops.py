@@ -21,7 +21,7 @@ from parloop.corpus import load_corpus
 from parloop.statistics import bits_per_byte, paired_difference, resample_weights
 from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
-from parloop.train.pretrain import train
+from parloop.train.training import train
 
 TRAINED: list[int | list[int]] = [1, 2, 3, [1, 2], [1, 2, 3]]
 READ = (1, 2, 3)
@@ -48,7 +48,7 @@ def main() -> None:
             name = "-".join(map(str, loops)) if isinstance(loops, list) else str(loops)
             folder = settings.output / f"r{name}-seed{seed}"
             done = train(dataclasses.replace(recipe, loops=loops, seed=seed), folder, corpus=corpus, console=console)
-            seconds.setdefault(name, []).append(done["seconds"])
+            seconds.setdefault(name, []).append(done.seconds)
             model = AutoModelForCausalLM.from_pretrained(folder)
             for n in READ:
                 kept = folder / f"read-{n}.npz"
@@ -58,7 +58,7 @@ def main() -> None:
                 loaded = np.load(kept)
                 byte_counts = loaded["bytes"]
                 nll.setdefault((name, n), []).append(loaded["nll"])
-            console.print(f"seed {seed}, trained at {loops}: {done['seconds']:.0f} s", highlight=False)
+            console.print(f"seed {seed}, trained at {loops}: {done.seconds:.0f} s", highlight=False)
 
     assert byte_counts is not None
     weights = resample_weights(len(byte_counts), settings.seeds, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Try values of one field of a recipe, at several loop counts: how the settings in recipes/ were found.
+"""Try values of one field of a recipe, at several loop counts: how the settings of the shipped recipes were found.
 
     python benchmarks/sweep.py learning_rate 1.5e-3 3e-3 5e-3 --loops 1 2 4
     python benchmarks/sweep.py hidden_scale 0.012 0.0354 0.1 0.3 --loops 2 --recipe quick --output runs/sweep
@@ -14,7 +14,7 @@ from rich.console import Console
 from parloop.corpus import load_corpus
 from parloop.study.study import evaluation_of
 from parloop.train import Recipe
-from parloop.train.pretrain import train
+from parloop.train.training import train
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
             bits = evaluation_of(folder, recipe, corpus, 3000).bits_per_byte
             readouts = ", ".join(f"{b:.3f}" for b in bits)
             console.print(
-                f"{arguments.field}={value} R={loops}: {readouts} bits per byte, {result['seconds']:.0f} s", highlight=False
+                f"{arguments.field}={value} R={loops}: {readouts} bits per byte, {result.seconds:.0f} s", highlight=False
             )
 
 

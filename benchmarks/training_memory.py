@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from parloop.model.flops import training_flops_per_token
 from parloop.model.window import band_block
 from parloop.train import Recipe
+from parloop.train.build import build_model
 from parloop.train.plan import training_memory
-from parloop.train.pretrain import build_model
 from parloop.train.sharding import free_gathered, start_processes
 
 MODES = ("none", "layer", "loop", "both")

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from parloop.convert import OPEN_SHARE, convert
+from parloop.convert import convert
+from parloop.convert.opening import OPEN_SHARE
 from parloop.corpus import load_corpus, text_ids
 from parloop.train import Recipe
 

@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from parloop.convert import EXACT_BIAS, OPEN_SHARE, convert
+from parloop.convert import convert
+from parloop.convert.opening import EXACT_BIAS, OPEN_SHARE
 from parloop.corpus import load_corpus
 from parloop.model.flops import training_flops_per_token
 from parloop.model.modeling import PLTGate
 from parloop.statistics import bits_per_byte, paired_difference, resample_weights
 from parloop.train import Recipe, pretrain
 from parloop.train.evaluate import evaluate_documents
+from parloop.train.training import train
 
 
 @dataclasses.dataclass
@@ -126,7 +128,7 @@ def run(opening: Opening, folder: Path, llama: Path, recipe: Recipe, corpus: Any
     build = pretrain.build_model
     pretrain.build_model = learn_scale(build) if opening.how == "learned" else build
     try:
-        seconds = pretrain.train(more, folder / "run", corpus=corpus, console=console)["seconds"]
+        seconds = train(more, folder / "run", corpus=corpus, console=console).seconds
     finally:
         pretrain.build_model = build
     model = AutoModelForCausalLM.from_pretrained(folder / "run")
@@ -170,7 +172,7 @@ def main() -> None:
         folder = settings.output / f"seed-{seed}"
         recipe = Recipe.load("quick", loops=1, eval_every=0, save_every=10**6, tokens=settings.base_tokens, seed=seed)
         corpus = corpus or load_corpus(recipe.corpus_settings(), console=console)
-        pretrain.train(recipe, folder / "dense", corpus=corpus, console=console)
+        train(recipe, folder / "dense", corpus=corpus, console=console)
         if not (folder / "llama").exists():
             convert(folder / "dense", folder / "llama", to="dense")
         for opening in openings:

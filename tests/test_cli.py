@@ -100,7 +100,7 @@ def test_run_has_a_help(monkeypatch, capsys):
 
 
 def test_a_bar_of_a_run_with_brackets_in_its_name():
-    from parloop.train.trainer import BarCallback
+    from parloop.train.callbacks import BarCallback
 
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with progress_bars(console) as progress:

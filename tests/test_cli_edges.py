@@ -14,7 +14,9 @@ import torch
 from parloop import cli
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
+from parloop.evaluate.results import EvaluationResult
 from parloop.generate import stream
+from parloop.train.result import TrainingResult
 from tests.helpers.models import tiny_model
 
 
@@ -174,9 +176,9 @@ def test_what_is_not_there_under_an_odd_name(parloop, tmp_path, monkeypatch, ver
 
 
 def test_the_next_command_can_be_pasted(parloop, monkeypatch, tmp_path):
-    result = {"steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0, "loss_curve": [[1, 2.0]]}
-    monkeypatch.setattr("parloop.train.pretrain.train", lambda *a, **k: result)
-    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: [])
+    trained = TrainingResult(1, 1, 1, 1.0, 1.0, [[1, 2.0]], [], folder=Path("my run; x"))
+    monkeypatch.setattr("parloop.train.train", lambda *a, **k: trained)
+    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: EvaluationResult([]))
     assert "next:  parloop generate 'my run; x' 'def '" in parloop("train", "quick", "--output", "my run; x")[1]
     server = ("--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
     assert "next:  parloop eval --report 'my results'" in parloop("eval", "bfcl_v3", *server, "--output", "my results")[1]

@@ -9,6 +9,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,9 @@ from transformers import (
 )
 
 from parloop import PLTForCausalLM
-from parloop.convert import FAMILIES, convert, copy_tensors, source_config
+from parloop.convert import convert
+from parloop.convert.families import FAMILIES, source_config
+from parloop.convert.weights import copy_tensors
 from parloop.corpus.tokenizer import text_ids
 from parloop.errors import ConvertError, OutputError, SourceError
 from tests.helpers.dense import SOURCES, TEXT, make_source
@@ -68,7 +71,7 @@ def test_the_same_function_there_and_the_same_bytes_back(kind, tmp_path):
 
 def test_exact_is_not_saturated():
     """A gate of exactly 1 has no gradient."""
-    from parloop.convert import EXACT_BIAS
+    from parloop.convert.opening import EXACT_BIAS
 
     bias = torch.tensor(EXACT_BIAS, requires_grad=True)
     bias.sigmoid().backward()
@@ -269,7 +272,7 @@ def test_options_and_folders(tmp_path):
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
-    import parloop.convert as module
+    from parloop.convert import weights as module
 
     source = make_source(tmp_path / "source", shard="30KB")
     copied = []
@@ -340,10 +343,10 @@ def test_the_command(tmp_path):
 def test_a_disk_without_room_is_found_out_before_converting(tmp_path, monkeypatch):
     import shutil
 
-    import parloop.convert as module
+    from parloop.convert import conversion as module
 
     source = make_source(tmp_path / "source")
-    monkeypatch.setattr(module, "_write_weights", None)
+    monkeypatch.setattr(module, "write_weights", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
     with pytest.raises(
         OutputError, match=r"the converted model takes .* GB, and the disk of .* has 1e-06 GB free: make room, or"
@@ -353,7 +356,7 @@ def test_a_disk_without_room_is_found_out_before_converting(tmp_path, monkeypatc
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
-    import parloop.convert as module
+    from parloop.convert import weights as module
 
     source = make_source(tmp_path / "source")
 
@@ -364,3 +367,18 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"the disk of .*out is full: make room, and run the same command again"):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_converted_models_have_a_card(tmp_path):
+    """It names no path of this machine."""
+    source = make_source(tmp_path / "source")
+    result = convert(source, tmp_path / "plt", loops=3)
+    convert(tmp_path / "plt", tmp_path / "dense", to="dense")
+    plt, dense = (ModelCard.load(tmp_path / name / "README.md") for name in ("plt", "dense"))
+    assert "Converted from `source` (llama), and not trained since" in plt.text
+    assert "| loops R | 3 |" in plt.text
+    assert (result.folder, result.model_type) == (tmp_path / "plt", "iquestpltcoder")
+    assert "`model_type: llama`" in dense.text
+    assert "parallel-loop-transformer" in plt.data.tags
+    assert "parallel-loop-transformer" not in dense.data.tags
+    assert str(tmp_path) not in plt.text + dense.text

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from parloop.checkpoints import load_model
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
-from parloop.generate import load_model, stream
+from parloop.generate import stream
 from tests.helpers.models import tiny_model
 
 

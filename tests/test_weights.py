@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from parloop import cli
+from parloop.checkpoints import check_weights, load_config, load_model
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
-from parloop.generate import check_weights, load_config, load_model
 from parloop.train import Recipe
-from parloop.train.checkpoint import STATE, export, load_base, load_weights
+from parloop.train.checkpoint import STATE, load_base, load_weights
+from parloop.train.export import export
 from parloop.train.sharding import empty_model, start_processes
 from tests.helpers.models import tiny_model
 

@@ -1,6 +1,5 @@
 """The `parloop` command: one verb, one function, no logic."""
 
-import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -15,7 +14,6 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError, SourceError
+from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError
 from .record import printable
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
@@ -112,32 +110,19 @@ def train(
         Train nothing; print parameters, FLOPs, memory and days, for several numbers of GPUs.
     """
     changes = _given(overrides)
-    settings = load_recipe(recipe, **changes)
     if plan:
         from .train.plan import plan_of
         from .train.plan_tables import plan_tables
 
-        for part in plan_tables(plan_of(settings)):
+        for part in plan_tables(plan_of(load_recipe(recipe, **changes))):
             _console().print(part, highlight=False)
         return
-    counts = settings.loop_counts or []
-    folder = output or Path("runs/train", f"{Path(recipe).stem}" + ("-r" + "-".join(map(str, counts)) if counts else ""))
-    if isinstance(settings, ChatRecipe):
-        from .train.finetune import finetune as run
-    else:
-        from .train.pretrain import train as run  # type: ignore[assignment]
-    with _naming(recipe, changes):
-        result = run(settings, folder, fresh=fresh)  # type: ignore[arg-type]
+    from .train import train as run
     from .train.sharding import main_process
 
+    result = run(recipe, output, changes=changes, fresh=fresh)
     if main_process():
-        _console().print(
-            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, last training loss {result['loss_curve'][-1][1]:.3f}\n"
-            f"model: {folder}\nnext:  parloop generate {shlex.quote(str(folder))} 'def '",
-            highlight=False,
-            markup=False,
-        )
+        _console().print(result, highlight=False)
 
 
 @app.command
@@ -219,17 +204,6 @@ def _name_files(console: Console, what: str, folder: Path | None, *names: str) -
     """Print where a verb's files are."""
     paths = ", ".join(str(Path(folder or "", name)) for name in names)
     console.print(f"{what}: {paths}", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _naming(recipe: str, changes: dict[str, Any]) -> Iterator[None]:
-    """Say which recipe a source is of that cannot be read, unless it was given as an option."""
-    try:
-        yield
-    except SourceError as error:
-        if changes.keys() & {"source", "chat"}:
-            raise
-        raise SourceError(f"{error} (recipe {recipe!r})") from error
 
 
 @app.command
@@ -408,17 +382,7 @@ def convert(
         source, out, to=to, loops=loops, start=start, window=window, hidden_scale=hidden_scale, gate_bias=gate_bias, data=data,
         samples=samples, console=console,
     )  # fmt: skip
-    lines = [
-        f"{done.family} -> {done.config.model_type}: {done.weights_bytes / 1e9:.2f} GB of weights in {done.files} file(s)"
-    ]
-    if done.gate_bias is not None:
-        opening = f"c = {done.config.plt_hidden_scale:.4g}, gates at sigmoid({done.gate_bias:g})"
-        lines.append(f"loops: {done.config.plt_num_loops}, window {done.config.window_tokens} tokens, {opening}")
-    if done.loss is not None and done.source_loss is not None:
-        lines.append(
-            f"loss on the sample: {done.source_loss:.4f} -> {done.loss:.4f} nats per token ({done.loss - done.source_loss:+.4f})"
-        )
-    console.print("\n".join([*lines, f"model: {out}"]), highlight=False, markup=False, soft_wrap=True)
+    console.print(done, highlight=False, soft_wrap=True)
 
 
 @app.command

@@ -42,6 +42,7 @@ class Kind:
     Attributes:
         name: with its article, for messages.
         files: a pattern of the names that are written through OutputFolder.
+        later: a pattern of those of them that versions which left no claim did not write.
         made: a pattern of what else comes to be there: from libraries, or from another verb.
         known: whether a folder without a claim is one of these: made by a version that left none.
         over: all of the files are written over when the verb runs again, so nobody else's may have their names.
@@ -51,6 +52,7 @@ class Kind:
     name: str
     files: str
     made: str = ""
+    later: str = ""
     known: Callable[[Path], bool] = lambda folder: False
     over: bool = True
     shared: bool = False
@@ -137,6 +139,11 @@ class OutputFolder:
                 with self.file(written.name) as path:
                     written.replace(path)
 
+    def offer(self, name: str, text: str) -> None:
+        """Write a text file, unless somebody else's has that name."""
+        if self.owns(name) or not os.path.lexists(self.path / name):
+            self.write(name, text)
+
     def owns(self, name: str) -> bool:
         """Check whether a file is there as it was written."""
         path = self.path / name
@@ -188,6 +195,7 @@ class OutputFolder:
             self.hashes = {name: list(known) for name, known in claim["files"].items()}
         elif there and self.kind.known(self.path):
             own = [name for name in there if re.fullmatch(self.kind.files, name) and (self.path / name).is_file()]
+            own = [name for name in own if not re.fullmatch(self.kind.later, name)]
             self.hashes = {name: [_hash(self.path / name)] for name in own}
         elif there and not self.kind.shared:
             kind = self.kind.name.split(" ", 1)[1]

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parloop.convert import convert
 from parloop.train import ChatRecipe, Recipe
-from parloop.train.finetune import finetune
-from parloop.train.pretrain import train
+from parloop.train.training import train
 from tests.helpers.chats import conversations, write
 from tests.helpers.dense import make_source
 from tests.helpers.servers import Running
@@ -30,10 +29,10 @@ def trained(tmp_path_factory):
     options = {"batch_size": 4, "device": "cpu", "eval_every": 0, "log_every": 10, "length": 64}
     recipe = Recipe(source=sources, init_from=str(folder / "plt"), tokens=50 * 4 * 64, validation_share=0.2, **options)
     result = train(recipe, folder / "run", console=QUIET)
-    assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] - 0.5
+    assert result.loss_curve[-1][1] < result.loss_curve[0][1] - 0.5
     chat = write(folder / "chat.jsonl", conversations(60))
     options |= {"length": 128, "learning_rate": 1e-2}
-    finetune(
+    train(
         ChatRecipe(model=str(folder / "run"), chat=chat, lora_rank=4, epochs=4.0, **options), folder / "tuned", console=QUIET
     )
     return folder

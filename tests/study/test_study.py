@@ -29,7 +29,7 @@ from parloop.study.report import write_report
 from parloop.study.runs import look_at, plan
 from parloop.study.study import default_folder
 from parloop.train import Recipe
-from parloop.train.pretrain import train
+from parloop.train.training import train
 from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
@@ -348,7 +348,7 @@ def test_flops_against_counted_matrix_products(recipe):
     """The formula against what torch's counter sees, with every token's whole row of keys counted by both."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from parloop.train.pretrain import build_model
+    from parloop.train.build import build_model
 
     for n in (1, 2, 3):
         model = build_model(Recipe(**(vars(recipe) | {"loops": n, "attention": "eager"})))
@@ -367,7 +367,7 @@ def test_flops_against_counted_matrix_products(recipe):
 
 
 def test_cache_and_memory_of_a_model(recipe):
-    from parloop.train.pretrain import build_model
+    from parloop.train.build import build_model
 
     one, two = (build_model(Recipe(**(vars(recipe) | {"loops": n}))) for n in (1, 2))
     assert cache_bytes_of(one, 32).fixed == 0

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parloop.train import ChatRecipe, Recipe
-from parloop.train.finetune import finetune
-from parloop.train.pretrain import build_model, train
+from parloop.train.build import build_model
 from parloop.train.sharding import free_gathered, start_processes
+from parloop.train.training import train
 
 
 class Traffic(TorchDispatchMode):
@@ -54,6 +54,6 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     if job["kind"] == "train":
         train(Recipe(**job["recipe"]), output, console=quiet)
     elif job["kind"] == "finetune":
-        finetune(ChatRecipe(**job["recipe"]), output, console=quiet)
+        train(ChatRecipe(**job["recipe"]), output, console=quiet)
     else:
         traffic(Recipe(**job["recipe"]), output)

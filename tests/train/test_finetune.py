@@ -13,9 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from parloop.errors import RecipeError, SourceError
 from parloop.train import ChatRecipe, load_recipe
-from parloop.train.checkpoint import export
-from parloop.train.finetune import Rows, finetune, order_of, packed
+from parloop.train.conversations import Rows, order_of, packed
+from parloop.train.export import export
 from parloop.train.trainer import training_arguments
+from parloop.train.training import train
 from tests.helpers.chats import chat_tokenizer, conversations, recipe_of, write
 from tests.helpers.models import tiny_model
 
@@ -49,16 +50,16 @@ def answer(folder, question):
 @pytest.fixture(scope="module")
 def tuned(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "full"
-    return folder, finetune(recipe_of(made), folder, console=QUIET)
+    return folder, train(recipe_of(made), folder, console=QUIET)
 
 
 def test_full_fine_tuning_learns_the_rule(tuned):
     folder, result = tuned
-    assert result["conversations"] == 120
-    first, last = result["loss_curve"][0][1], result["loss_curve"][-1][1]
+    assert result.conversations == 120
+    first, last = result.loss_curve[0][1], result.loss_curve[-1][1]
     assert last < 0.3 < first
-    assert result["validation_curve"][-1][1] < 0.5
-    assert result["trained_parameters"] > 30_000
+    assert result.validation_curve[-1][1] < 0.5
+    assert result.parameters == result.trained_parameters > 30_000
     assert answer(folder, "7 green") == "green green<|im_end|>"  # it stops, too
     assert not list(folder.glob("checkpoint-*"))
     assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -114,13 +115,13 @@ def test_an_interrupted_run_continues_to_the_same_result(made, tuned, tmp_path, 
             raise StopError
 
     with pytest.raises(StopError):
-        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+        train(recipe, tmp_path / "run", console=QUIET, on_step=stop)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-15"]
     steps = []
-    result = finetune(recipe, tmp_path / "run", console=QUIET, on_step=lambda step, _: steps.append(step))
+    result = train(recipe, tmp_path / "run", console=QUIET, on_step=lambda step, _: steps.append(step))
     assert steps[0] == 15
-    whole = tuned if not lora else (tmp_path / "whole", finetune(recipe, tmp_path / "whole", console=QUIET))
-    for (_, a), (_, b) in zip(whole[1]["loss_curve"], result["loss_curve"]):
+    whole = tuned if not lora else (tmp_path / "whole", train(recipe, tmp_path / "whole", console=QUIET))
+    for (_, a), (_, b) in zip(whole[1].loss_curve, result.loss_curve):
         assert a == pytest.approx(b, abs=1e-5)
     one, other = (load_file(folder / "model.safetensors") for folder in (whole[0], tmp_path / "run"))
     for name, tensor in one.items():
@@ -136,11 +137,11 @@ def test_lora_leaves_an_adapter_and_the_merged_model(made, tmp_path):
         if step == 1:
             (folder / "README.md").write_text("my model card")
 
-    result = finetune(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET, on_step=card)
+    result = train(recipe_of(made, lora_rank=8, learning_rate=3e-2), folder, console=QUIET, on_step=card)
     assert (folder / "README.md").read_text() == "my model card"  # neither TRL nor peft writes its own over it
     assert not (folder / "adapter" / "README.md").exists()
-    assert result["trained_parameters"] < 20_000
-    assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] - 1
+    assert result.trained_parameters < 20_000 < result.parameters
+    assert result.loss_curve[-1][1] < result.loss_curve[0][1] - 1
     base = AutoModelForCausalLM.from_pretrained(made / "base")
     merged = AutoModelForCausalLM.from_pretrained(folder)
     frozen = load_file(made / "base" / "model.safetensors")
@@ -153,14 +154,14 @@ def test_lora_leaves_an_adapter_and_the_merged_model(made, tmp_path):
 
 def test_two_loop_counts_at_once(made, tmp_path):
     folder = tmp_path / "both"
-    finetune(recipe_of(made, loops=[1, 2]), folder, console=QUIET)
+    train(recipe_of(made, loops=[1, 2]), folder, console=QUIET)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.trained_loops == [1, 2]
 
 
 def test_without_packing(made, tmp_path):
-    result = finetune(recipe_of(made, packing=False, epochs=1.0), tmp_path / "run", console=QUIET)
-    assert result["rows"] > 90
+    result = train(recipe_of(made, packing=False, epochs=1.0), tmp_path / "run", console=QUIET)
+    assert result.rows > 90
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -168,9 +169,9 @@ def test_conversations_of_which_none_is_held_out(made, tmp_path, packing):
     """As may be with few of them."""
     write(tmp_path / "few.jsonl", conversations(4))
     few = {"chat": str(tmp_path / "few.jsonl"), "validation_share": 1e-9, "batch_size": 1, "epochs": 1.0}
-    result = finetune(recipe_of(made, packing=packing, **few), tmp_path / "run", console=QUIET)
-    assert result["conversations"] == 4
-    assert result["validation_curve"] == []
+    result = train(recipe_of(made, packing=packing, **few), tmp_path / "run", console=QUIET)
+    assert result.conversations == 4
+    assert result.validation_curve == []
 
 
 def test_what_is_told(made, tmp_path):
@@ -180,7 +181,7 @@ def test_what_is_told(made, tmp_path):
     for path in (made / "base").iterdir():
         (base / path.name).write_bytes(path.read_bytes())
     (base / "generation_config.json").unlink()
-    finetune(recipe_of(made, model=str(base), epochs=0.1), tmp_path / "run", console=told)
+    train(recipe_of(made, model=str(base), epochs=0.1), tmp_path / "run", console=told)
     shown = told.file.getvalue()
     assert "120 conversations: " in shown
     assert "does not end generation: the model may not learn to stop" in shown
@@ -193,9 +194,9 @@ def test_bad_recipes(made, tmp_path):
         ({"batch_size": 1000}, "lower batch_size or length, set packing: false"),
     ]:
         with pytest.raises(RecipeError, match=message):
-            finetune(recipe_of(made, **changes), tmp_path / "run", console=QUIET)
+            train(recipe_of(made, **changes), tmp_path / "run", console=QUIET)
     with pytest.raises(SourceError, match="no such file"):
-        finetune(recipe_of(made, chat=str(tmp_path / "no.jsonl")), tmp_path / "run", console=QUIET)
+        train(recipe_of(made, chat=str(tmp_path / "no.jsonl")), tmp_path / "run", console=QUIET)
     with pytest.raises(RecipeError, match="model is missing: folder or Hub name"):
         ChatRecipe(chat="x")
     with pytest.raises(RecipeError, match=r"epochs=0.0 must be above 0"):
@@ -211,10 +212,10 @@ def test_changed_conversations_are_not_mixed_with_the_old_ones(made, tmp_path):
             raise StopError
 
     with pytest.raises(StopError):
-        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+        train(recipe, tmp_path / "run", console=QUIET, on_step=stop)
     write(tmp_path / "chat.jsonl", conversations(90))
     with pytest.raises(RecipeError, match="has changed since the run"):
-        finetune(recipe, tmp_path / "run", console=QUIET)
+        train(recipe, tmp_path / "run", console=QUIET)
 
 
 def test_a_file_with_chat_is_a_recipe_for_conversations(made, tmp_path):
@@ -242,9 +243,9 @@ def test_epochs_see_every_row(made, tmp_path, monkeypatch):
         return collate(self, rows)
 
     monkeypatch.setattr(Rows, "__call__", remembered)
-    result = finetune(recipe_of(made, packing=False, epochs=2.0, eval_every=0), tmp_path / "run", console=QUIET)
+    result = train(recipe_of(made, packing=False, epochs=2.0, eval_every=0), tmp_path / "run", console=QUIET)
     counts = [seen.count(row) for row in seen]
-    assert result["steps"] == -(-2 * result["rows"] // 4)
+    assert result.steps == -(-2 * result.rows // 4)
     assert min(counts) == 2
 
 
@@ -257,7 +258,7 @@ def test_what_is_recomputed_is_run_twice(made, tmp_path, monkeypatch, mode, visi
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaMLP, "forward", seen)
-    finetune(recipe_of(made, epochs=0.01, eval_every=0, gradient_checkpointing=mode), tmp_path / "run", console=QUIET)
+    train(recipe_of(made, epochs=0.01, eval_every=0, gradient_checkpointing=mode), tmp_path / "run", console=QUIET)
     layers = AutoModelForCausalLM.from_pretrained(made / "base").config.num_hidden_layers
     assert len(run) == visits * layers / 2
 
@@ -271,7 +272,7 @@ def test_a_checkpoint_of_adapters_is_exported_merged(made, tmp_path):
             raise StopError
 
     with pytest.raises(StopError):
-        finetune(recipe, tmp_path / "run", console=QUIET, on_step=stop)
+        train(recipe, tmp_path / "run", console=QUIET, on_step=stop)
     exported = AutoModelForCausalLM.from_pretrained(export(tmp_path / "run" / "checkpoint-4", tmp_path / "out"))
     assert exported.config.trained_loops == [1, 2]
     base = AutoModelForCausalLM.from_pretrained(made / "base").state_dict()
@@ -279,17 +280,17 @@ def test_a_checkpoint_of_adapters_is_exported_merged(made, tmp_path):
     assert changed
     assert all("proj" in name for name in changed)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    finetune(recipe, tmp_path / "run", console=QUIET)
+    train(recipe, tmp_path / "run", console=QUIET)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.trained_loops == [1, 2]
 
 
 def test_what_does_not_fit_the_model(made, tmp_path):
     with pytest.raises(RecipeError, match=r"lora_targets has 'qkv', which the model does not: choose among down_proj"):
-        finetune(recipe_of(made, lora_rank=4, lora_targets=["qkv"]), tmp_path / "run", console=QUIET)
+        train(recipe_of(made, lora_rank=4, lora_targets=["qkv"]), tmp_path / "run", console=QUIET)
     base = tmp_path / "base"
     shutil.copytree(made / "base", base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(base)
     with pytest.raises(RecipeError, match=r"tokenizer of .* tokens were added without resizing the model"):
-        finetune(recipe_of(made, model=str(base)), tmp_path / "other", console=QUIET)
+        train(recipe_of(made, model=str(base)), tmp_path / "other", console=QUIET)

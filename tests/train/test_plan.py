@@ -9,9 +9,9 @@ from parloop import cli
 from parloop.model.flops import training_flops_per_token
 from parloop.timing import LiveBytes
 from parloop.train import ChatRecipe, Recipe
+from parloop.train.build import build_model
 from parloop.train.plan import PEAK_FLOPS, UTILISATION, parameters, plan_of, training_memory
 from parloop.train.plan_tables import plan_tables
-from parloop.train.pretrain import build_model
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,19 +17,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from parloop.cli import main
 from parloop.corpus import load_corpus
 from parloop.errors import CheckpointError, OutputError, RecipeError, TrainingDivergedError
 from parloop.model.modeling import PLTForCausalLM
 from parloop.train import ChatRecipe, Recipe
-from parloop.train.checkpoint import export, last_whole_checkpoint, load_weights
-from parloop.train.finetune import finetune
-from parloop.train.pretrain import LEFT_OVER, TRAINED_ON, build_model, bytes_to_come, train, whole_batches
+from parloop.train.build import build_model
+from parloop.train.checkpoint import last_whole_checkpoint, load_weights
+from parloop.train.data import whole_batches
+from parloop.train.export import export
+from parloop.train.result import TrainingResult
+from parloop.train.run import LEFT_OVER, TRAINED_ON, bytes_to_come
 from parloop.train.trainer import drawn_loops
+from parloop.train.training import train
 from tests.helpers.sources import write_sources
 
 QUIET = Console(quiet=True)
@@ -73,12 +79,12 @@ def changed(recipe, **changes):
 
 def test_a_run_learns_and_leaves_a_usable_model(recipe, finished):
     folder, result = finished
-    losses = [loss for _, loss in result["loss_curve"]]
+    losses = [loss for _, loss in result.loss_curve]
     assert len(losses) == recipe.steps == 30
     assert losses[-1] < losses[0] - 1.5
-    assert [step for step, _ in result["validation_curve"]] == [10, 20, 30]
-    assert result["validation_curve"][-1][1] < result["validation_curve"][0][1]
-    assert result["tokens"] == recipe.tokens
+    assert [step for step, _ in result.validation_curve] == [10, 20, 30]
+    assert result.validation_curve[-1][1] < result.validation_curve[0][1]
+    assert result.tokens == recipe.tokens
     assert not list(folder.glob("checkpoint-*"))
     assert any(folder.rglob("events.out.tfevents*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -91,6 +97,83 @@ def test_a_finished_run_is_left_alone(recipe, finished, monkeypatch):
     folder, result = finished
     monkeypatch.setattr("parloop.train.pretrain.build_model", None)
     assert train(recipe, folder, console=QUIET) == result
+
+
+def test_the_result_is_what_the_file_holds(finished):
+    folder, result = finished
+    assert result.folder == folder
+    assert TrainingResult.load(folder) == result == TrainingResult.from_json(result.to_json())
+    content = json.loads((folder / "training.json").read_text())
+    assert content.pop("format") == 1
+    assert TrainingResult.from_json(json.dumps(content)) == result  # of versions that wrote no format
+    with pytest.raises(ValueError, match="its format is 2"):
+        TrainingResult.from_json(json.dumps(content | {"format": 2}))
+    assert f"30 steps, 3,840 tokens, {result.seconds:.0f} s" in result.format()
+
+
+def test_python_and_the_command_line_do_the_same(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PARLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(tmp_path)
+    changed(recipe, tokens=2 * 4 * 32, eval_every=0).save("mine.yaml")
+    result = train("mine.yaml", changes={"loops": [1, 2]}, console=QUIET)
+    assert result.folder == Path("runs/train/mine-r1-2")
+    monkeypatch.setattr(sys, "argv", ["parloop", "train", "mine.yaml", "--loops", "1", "2"])
+    with pytest.raises(SystemExit, match="0"):
+        main()  # finished already
+    assert capsys.readouterr().out == result.format(400)
+    assert "model: runs/train/mine-r1-2\nnext:  parloop generate runs/train/mine-r1-2 'def '" in result.format(400)
+    with pytest.raises(RecipeError, match="a recipe that has no name needs an output folder"):
+        train(recipe, console=QUIET)
+
+
+def test_the_model_card_says_how_the_model_is_loaded(recipe, finished, tmp_path, monkeypatch, capsys):
+    folder, result = finished
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "transformers",
+        "text-generation",
+        "unknown",
+    )
+    text = card.text
+    assert f"with {result.parameters:,} parameters" in text
+    assert "| trained at R | 2 |" in text
+    assert f"| 30 | {result.loss_curve[-1][1]:.4f} | {result.validation_curve[-1][1]:.4f} |" in text
+    assert "| `source0` | 1 |" in text
+    assert str(Path(recipe.source).parent) not in text  # it is made to be published
+    monkeypatch.chdir(folder.parent)
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "def " in capsys.readouterr().out
+
+
+def test_a_model_card_of_others_stays(recipe, corpus, tmp_path):
+    def card(step, loss):
+        (tmp_path / "run" / "README.md").write_text("my model card")
+
+    short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET, on_step=card)
+    assert (tmp_path / "run" / "README.md").read_text() == "my model card"
+    # Also in the folder of a version that left no claim, and wrote no card.
+    for name in ("parloop.json", "training.json"):
+        (tmp_path / "run" / name).unlink()
+    train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert (tmp_path / "run" / "README.md").read_text() == "my model card"
+
+
+def test_another_objective_stands_beside_the_next_token(recipe, corpus, tmp_path, finished, monkeypatch):
+    """It is what is trained; validation losses stay those of the next token."""
+
+    def twice(model, **inputs):
+        output = model(**inputs)
+        assert model.training
+        output.loss = 2 * output.loss
+        return output
+
+    monkeypatch.setattr("parloop.train.pretrain.PLTTrainer.objective", staticmethod(twice))
+    short = changed(recipe, tokens=10 * 4 * 32)
+    result = train(short, tmp_path / "run", corpus=corpus, console=QUIET)
+    assert result.loss_curve[0][1] == pytest.approx(2 * finished[1].loss_curve[0][1], rel=1e-5)
+    assert result.validation_curve[0][1] < result.loss_curve[-1][1] / 1.5
 
 
 class StopError(Exception):
@@ -115,8 +198,8 @@ def test_an_interrupted_run_continues_to_the_same_result(recipe, corpus, finishe
 
 def assert_same_run(one, two):
     (folder, result), (other_folder, other) = one, two
-    assert [step for step, _ in other["loss_curve"]] == [step for step, _ in result["loss_curve"]]
-    for (_, a), (_, b) in zip(result["loss_curve"], other["loss_curve"]):
+    assert [step for step, _ in other.loss_curve] == [step for step, _ in result.loss_curve]
+    for (_, a), (_, b) in zip(result.loss_curve, other.loss_curve):
         assert a == pytest.approx(b, abs=1e-5)
     weights, other_weights = load_file(folder / "model.safetensors"), load_file(other_folder / "model.safetensors")
     for name, tensor in weights.items():
@@ -130,15 +213,15 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further(recipe, corpus
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr("parloop.train.pretrain.close_run", killed)
+        patch.setattr("parloop.train.training.close_run", killed)
         with pytest.raises(StopError):
             train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
     assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-30"
     steps = []
     result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=lambda step, _: steps.append(step))
     assert steps == []
-    assert result["tokens_per_second"] > 0
-    assert result["seconds"] > 0
+    assert result.tokens_per_second > 0
+    assert result.seconds > 0
     assert_same_run(finished, (tmp_path / "run", result))
 
 
@@ -153,12 +236,12 @@ def test_time_is_summed_over_interruptions(recipe, corpus, tmp_path):
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] += 1000
     path.write_text(json.dumps(state))
-    assert 1000 < train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)["seconds"] < 1100
+    assert 1000 < train(recipe, tmp_path / "run", corpus=corpus, console=QUIET).seconds < 1100
 
 
 def test_fewer_steps_than_log_every(recipe, corpus, tmp_path):
     result = train(changed(recipe, tokens=3 * 4 * 32, log_every=10), tmp_path / "run", corpus=corpus, console=QUIET)
-    assert [step for step, _ in result["loss_curve"]] == [3]
+    assert [step for step, _ in result.loss_curve] == [3]
 
 
 def test_every_step_has_all_its_rows(recipe, corpus, tmp_path):
@@ -183,7 +266,7 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(recipe, corpus, tmp_path
     with pytest.raises(RecipeError, match="has changed"):
         train(short, tmp_path / "run", corpus=other, console=QUIET)
     (tmp_path / "run" / TRAINED_ON).unlink()  # a run that was made without it
-    assert train(short, tmp_path / "run", corpus=other, console=QUIET)["steps"] == 2
+    assert train(short, tmp_path / "run", corpus=other, console=QUIET).steps == 2
 
 
 def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
@@ -219,7 +302,7 @@ def test_what_is_read_is_not_written_to_nor_deleted(recipe, finished, tmp_path, 
         with pytest.raises(RecipeError, match=rf"holds what is read \({what}"):
             train(changed(recipe, **changes), tmp_path / "model", console=QUIET, fresh=fresh)
     with pytest.raises(RecipeError, match=r"holds what is read \(model\)"):
-        finetune(
+        train(
             ChatRecipe(model=str(tmp_path / "model"), chat="x.jsonl", length=32),
             tmp_path / "model",
             console=QUIET,
@@ -270,8 +353,7 @@ def test_kill_minus_nine(recipe, finished, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "30 steps" in done.stdout
-    result = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert_same_run(finished, (tmp_path / "run", result))
+    assert_same_run(finished, (tmp_path / "run", TrainingResult.load(tmp_path / "run")))
 
 
 def test_half_a_checkpoint_is_passed_over(recipe, tmp_path):
@@ -321,7 +403,7 @@ def test_nan_is_stopped_at_once(recipe, corpus, tmp_path, monkeypatch):
 
 def test_gradient_accumulation_is_the_same_run(recipe, corpus, finished, tmp_path):
     result = train(changed(recipe, gradient_accumulation=2), tmp_path / "run", corpus=corpus, console=QUIET)
-    for (_, a), (_, b) in zip(finished[1]["loss_curve"], result["loss_curve"]):
+    for (_, a), (_, b) in zip(finished[1].loss_curve, result.loss_curve):
         assert a == pytest.approx(b, abs=1e-5)
 
 
@@ -362,10 +444,10 @@ def test_shipped_recipes_run_at_tiny_size(name, recipe, tmp_path, monkeypatch):
     small = changed(small, **tiny, **heads)
     small = changed(small, tokens=3 * small.batch_size * 32, log_every=1)
     result = train(small, tmp_path / "run", console=QUIET)
-    assert result["steps"] == 3
-    assert result["loss_curve"][-1][1] < result["loss_curve"][0][1] + 0.1
+    assert result.steps == 3
+    assert result.loss_curve[-1][1] < result.loss_curve[0][1] + 0.1
     if small.mixture:
-        read = {part["source"].split("/")[-2]: part["tokens"] for part in result["data"]}
+        read = {part["source"].split("/")[-2]: part["tokens"] for part in result.data}
         assert read["text"] == pytest.approx(sum(read.values()) / 2, rel=0.2)
         assert read["java"] == pytest.approx(sum(read.values()) / 2 * 0.103, rel=0.3)
 
@@ -391,9 +473,9 @@ def test_an_interrupted_mixture_continues_to_the_same_result(recipe, tmp_path):
         train(small, tmp_path / "run", console=QUIET, on_step=stop)
     result = train(small, tmp_path / "run", console=QUIET)
     assert_same_run((tmp_path / "whole", whole), (tmp_path / "run", result))
-    assert result["data"] == whole["data"]
-    assert sum(part["tokens"] for part in result["data"]) >= recipe.tokens
-    assert result["data"][1]["left_out"] == {"not JSON": 1}
+    assert result.data == whole.data
+    assert sum(part["tokens"] for part in result.data) >= recipe.tokens
+    assert result.data[1]["left_out"] == {"not JSON": 1}
     assert not list((tmp_path / "run").glob("stream-*"))
     assert AutoTokenizer.from_pretrained(tmp_path / "run").vocab_size == 300
 
@@ -475,8 +557,8 @@ def test_a_converted_model_is_trained_on(recipe, corpus, tmp_path):
     result = train(more, tmp_path / "run", corpus=corpus, console=QUIET, on_step=seen)
     assert scales[0] == pytest.approx(0.25 * 13 / 15)
     first = json.loads((tmp_path / "dense" / "training.json").read_text())["loss_curve"][-1][1]
-    assert result["loss_curve"][0][1] < first + 0.3
-    assert result["loss_curve"][-1][1] < first
+    assert result.loss_curve[0][1] < first + 0.3
+    assert result.loss_curve[-1][1] < first
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert (model.config.hidden_size, model.config.plt_hidden_scale, model.config.num_loops) == (32, 0.25, 2)
     assert model.generation_config.temperature == 0.5
@@ -578,14 +660,14 @@ def test_what_can_be_changed(recipe, corpus, finished, tmp_path):
     with pytest.raises(StopError):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, on_step=stop_at(8))
     result = train(changed(recipe, gradient_accumulation=2), tmp_path / "run", corpus=corpus, console=QUIET)
-    for (_, a), (_, b) in zip(finished[1]["loss_curve"], result["loss_curve"], strict=True):
+    for (_, a), (_, b) in zip(finished[1].loss_curve, result.loss_curve, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
     small = mixed(recipe, tmp_path, tokens=2 * 4 * 32)
     with pytest.raises(RecipeError, match="fill no row of length=32"):
         train(changed(small, validation_share=1e-9), tmp_path / "mixed", console=QUIET)
     assert (tmp_path / "mixed" / "recipe.yaml").exists()
-    assert train(changed(small, learning_rate=2e-3), tmp_path / "mixed", console=QUIET)["steps"] == 2
+    assert train(changed(small, learning_rate=2e-3), tmp_path / "mixed", console=QUIET).steps == 2
 
 
 def test_a_source_beside_a_mixture(recipe, tmp_path):
@@ -620,7 +702,7 @@ def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp
     (tmp_path / "run" / "stream-0000.json").write_text("{}")
     (tmp_path / "run" / LEFT_OVER).write_text('["checkpoint-7", "stream-0000.json", "validation"]')
     result = train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
-    assert result == json.loads((finished[0] / "training.json").read_text())
+    assert result == TrainingResult.load(finished[0])
     assert not list((tmp_path / "run").glob("checkpoint-*")) + list((tmp_path / "run").glob("stream-*"))
     assert not (tmp_path / "run" / LEFT_OVER).exists()
 
@@ -631,10 +713,12 @@ def test_a_run_that_was_killed_while_it_cleaned_up(recipe, finished, corpus, tmp
 def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, name):
     """Though the run has begun, and some of these names are a run's at times."""
     shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / name).unlink(missing_ok=True)  # of the model card
     (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / name / "mine").write_text("mine")
     with pytest.raises(
-        OutputError, match=rf"holds other things than a run \({name}\), so it is not deleted: move them away"
+        OutputError,
+        match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away",
     ):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / name / "mine").exists()
@@ -671,7 +755,7 @@ def test_runs_of_before_there_were_claims_go_on(recipe, finished, corpus, tmp_pa
     recipe.save(tmp_path / "run" / "recipe.yaml")
     assert train(recipe, tmp_path / "run", corpus=corpus, console=QUIET) == finished[1]
     short = changed(recipe, tokens=2 * 4 * 32, eval_every=0)
-    assert train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)["steps"] == 2
+    assert train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True).steps == 2
 
 
 def test_checkpoints_of_others_are_neither_rotated_nor_resumed_from(recipe, corpus, tmp_path):
@@ -700,7 +784,7 @@ def test_checkpoints_of_others_are_neither_rotated_nor_resumed_from(recipe, corp
 def test_a_finished_run_needs_no_disk(recipe, finished, corpus, monkeypatch):
     """It may lie where nothing can be written."""
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
-    monkeypatch.setattr("parloop.train.pretrain.claimed", None)
+    monkeypatch.setattr("parloop.train.run.claimed", None)
     assert train(changed(recipe, log_every=3), finished[0], corpus=corpus, console=QUIET) == finished[1]
     assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
 
@@ -737,7 +821,7 @@ def test_a_mixture_goes_on_from_another_folder(recipe, tmp_path, monkeypatch):
         train(changed(small, mixture=relative), tmp_path / "run", console=QUIET, on_step=stop)
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "deep")
-    assert train(Recipe.load(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", console=QUIET)["steps"] == 4
+    assert train(Recipe.load(tmp_path / "run" / "recipe.yaml"), tmp_path / "run", console=QUIET).steps == 4
 
 
 @pytest.mark.parametrize(

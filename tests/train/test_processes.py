@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parloop.errors import CheckpointError, OutputError, RecipeError
 from parloop.train import Recipe
-from parloop.train.checkpoint import export
-from parloop.train.finetune import finetune
-from parloop.train.pretrain import train
+from parloop.train.export import export
 from parloop.train.sharding import start_processes
+from parloop.train.training import train
 from tests.helpers.chats import conversations, recipe_of, write
 from tests.helpers.sources import write_sources
 
@@ -176,7 +175,7 @@ def test_weights_travel_once_per_step_whatever_the_loop_count(together):
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_two_processes_fine_tune_what_one_does(place, together, tmp_path, name):
-    finetune(chat_recipe(place, name), tmp_path / "one", console=QUIET)
+    train(chat_recipe(place, name), tmp_path / "one", console=QUIET)
     assert_same(tmp_path / "one", together / name)
     if name == "lora":
         one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "one", together / "lora"))

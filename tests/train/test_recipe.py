@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import parloop
 from parloop.errors import RecipeError
 from parloop.train import ChatRecipe, Recipe, load_recipe
-from parloop.train.recipe import ALLOWED, BOUNDS
+from parloop.train.recipe import ALLOWED, BOUNDS, shipped_recipes
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = shipped_recipes()
 
 
 def test_round_trip(tmp_path):
@@ -113,9 +114,11 @@ def test_scales_follow_from_the_initialisation():
     assert Recipe(emb_scale=0.5, hidden_scale=0.1).plt_config().plt_hidden_scale == 0.1
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_load(path):
-    if not path.stem.startswith("chat"):
+@pytest.mark.parametrize("by", ["name", "path"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_load(name, by):
+    path = name if by == "name" else RECIPES[name]
+    if not name.startswith("chat"):
         assert load_recipe(path).steps > 100
         return
     with pytest.raises(RecipeError, match="model is missing: folder or Hub name of the PLT checkpoint"):
@@ -123,6 +126,16 @@ def test_shipped_recipes_load(path):
     with pytest.raises(RecipeError, match=r"chat is missing: a .jsonl file"):
         load_recipe(path, model="base")
     assert isinstance(load_recipe(path, model="base", chat="chat.jsonl"), ChatRecipe)
+
+
+def test_recipes_are_in_the_package(monkeypatch, tmp_path):
+    """By name from anywhere; a file of that name where the command runs is meant first."""
+    assert list(RECIPES) == ["chat", "chat-lora", "gpu", "laptop", "loopcoder-v2-7b", "quick"]
+    assert all(Path(str(file)).parent == Path(parloop.__file__).parent / "recipes" for file in RECIPES.values())
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("quick") == Recipe.load(RECIPES["quick"]) != Recipe()
+    (tmp_path / "quick").write_text("length: 77")
+    assert Recipe.load("quick").length == 77
 
 
 def test_several_loop_counts(tmp_path):

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..checkpoints import usable_device
 from ..errors import BenchError
 from ..folder import BENCH, OutputFolder, claimed
-from ..generate import usable_device
 from ..model.configuration import PLTConfig
 from ..record import command_line, environment
 from ..report.terminal import progress_bars

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..convert import dense_config
+from ..checkpoints import load_config, load_model
+from ..convert.families import dense_config
 from ..errors import BenchError
-from ..generate import load_config, load_model
 from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..model.rotary import PLTRotaryEmbedding

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from ..checkpoints import load_model, load_part
 from ..corpus.samples import Document, Sample, draw_samples, no_samples, padded_batches, samples_of
 from ..errors import CheckpointError, DiagnosisError, SourceError
-from ..generate import load_model, load_part
 from ..record import command_line, environment, printable
 from .diagnosis import diagnose
 from .folders import default_folder, diagnosis_folder

@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..checkpoints import check_weights, load_config, local_folder
 from ..errors import EvaluationError, OutputError
 from ..folder import LOCK, delete, disk_errors, locked, make_folder, sign, strangers
-from ..generate import check_weights, load_config, local_folder
 from ..record import command_line, environment
 from ..registration import too_old
 from ..serve.server import served_names

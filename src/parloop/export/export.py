@@ -33,9 +33,9 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers",
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
-    from ..generate import local_folder
+    from ..checkpoints import local_folder
     from ..train.checkpoint import STATE
-    from ..train.checkpoint import export as export_run
+    from ..train.export import export as export_run
 
     if to == "transformers":
         return export_run(checkpoint, out)

@@ -25,7 +25,8 @@ def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None
         raise ExportError('the package gguf is not installed: pip install "parloop[gguf]".') from error
     from safetensors import safe_open
 
-    from ..generate import check_weights, load_config
+    from ..checkpoints import check_weights, load_config
+    from ..model.configuration import released_name
 
     config = load_config(checkpoint)
     check_weights(checkpoint)
@@ -48,7 +49,7 @@ def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None
     for path in sorted(checkpoint.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.offset_keys():
-                module, _, kind = name.replace("loop_gate_proj", "plt_gate").removeprefix("model.layers.").rpartition(".")
+                module, _, kind = released_name(name).removeprefix("model.layers.").rpartition(".")
                 layer, _, rest = module.partition(".") if module[0].isdigit() else ("", "", module)
                 plain = "norm" in rest or "plt_gate" in rest or kind == "bias"
                 form = gguf.GGMLQuantizationType["F32" if plain else TYPES[bits]]

@@ -85,7 +85,7 @@ def export_mlx(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
     """
     config = read_config(checkpoint)
     if not too_old():  # else this transformers has no model to compare with
-        from ..generate import check_weights
+        from ..checkpoints import check_weights
 
         check_weights(checkpoint)
     if bits is None:

@@ -30,6 +30,13 @@ WINDOWED = ("sliding_window", "attention_chunk_size", "kv_sharing_modes")
 PRIVATE = ("_as_read", "_is_complete")  # attributes that are not fields
 
 
+def released_name(name: str) -> str:
+    """Return the name that a weight has in released checkpoints."""
+    for alias in GATE_ALIASES:
+        name = name.replace(f".{alias}.", f".{GATE}.")
+    return name
+
+
 def loop_count(value: Any, name: str = "num_loops") -> int:
     """A loop count as an int: any integer type of at least 1, numpy's too, but not a bool.
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
+from ..checkpoints import DTYPES, WEIGHTS, load_part, usable_device
 from ..errors import CheckpointError, ServeError
-from ..generate import DTYPES, WEIGHTS, load_part, usable_device
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "bnb-4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

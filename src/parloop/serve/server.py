@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from ..checkpoints import check_weights, load_config, local_folder
 from ..errors import ServeError
 from ..export.mlx import mlx_lm_version
-from ..generate import check_weights, load_config, local_folder
 from ..registration import too_old
 from .plugin import check_vllm_version, vllm_version
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import timer
 
-from ..generate import load_model
+from ..checkpoints import load_model
 from ..model.cache import cache_bytes, make_cache
 from ..model.modeling import PLTForCausalLM
 from ..timing import LiveBytes, Spread, interleaved

@@ -4,22 +4,22 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..checkpoints import load_model
 from ..corpus import Corpus
 from ..diagnosis.checkpoint import diagnose_checkpoint
 from ..diagnosis.results import CheckpointDiagnosis
-from ..generate import load_model
 from ..model.flops import training_flops_per_token
 from ..record import write_text
 from ..report.terminal import progress_bars
 from ..train.evaluate import Evaluation, evaluate_documents
-from ..train.pretrain import train
 from ..train.recipe import Recipe
+from ..train.result import TrainingResult
+from ..train.training import train
 from .arms import Arm
 
 LENS_SAMPLES = 32  # for the report's chapter on what each loop adds; parloop diagnose takes more
@@ -42,7 +42,7 @@ class Run:
     recipe: Recipe
     flops: float
     first: bool
-    training: dict[str, Any] = field(init=False)
+    training: TrainingResult = field(init=False)
     evaluation: Evaluation = field(init=False)
 
     @property
@@ -78,7 +78,7 @@ def train_all(runs: list[Run], output: Path, corpus: Corpus, document_chars: int
             task = progress.add_task(label, total=run.recipe.steps, loss="")
             on_step = partial(_show, progress, task, whole, progress.tasks[whole].completed, run)
             run.training = train(run.recipe, output / run.name, corpus=corpus, console=console, on_step=on_step, fresh=fresh)
-            on_step(run.recipe.steps, run.training["loss_curve"][-1][1])
+            on_step(run.recipe.steps, run.training.loss_curve[-1][1])
             look_at(run, output / run.name, corpus, document_chars, console)
 
 

@@ -43,21 +43,21 @@ def summarize(
         rows.append(
             Row(
                 arm=arm,
-                parameters=own[0].training["parameters"],
+                parameters=own[0].training.parameters,
                 bits_per_byte=losses[arm],
                 difference_to_base=to_base[arm],
                 difference_to_best=to_best[arm],
                 bits_per_byte_after_loop=after,
                 loss_nats_per_token=float(final[arm].sum() / tokens),
                 next_token_accuracy=float(sum(run.evaluation.correct.sum() for run in own) / tokens),
-                training_tokens=own[0].training["tokens"],
+                training_tokens=own[0].training.tokens,
                 training_flops=own[0].flops,
-                training_seconds=float(np.mean([run.training["seconds"] for run in own])),
-                training_tokens_per_second=float(np.median([run.training["tokens_per_second"] for run in own])),
+                training_seconds=float(np.mean([run.training.seconds for run in own])),
+                training_tokens_per_second=float(np.median([run.training.tokens_per_second for run in own])),
                 costs=costs[arm],
                 runs=[run.name for run in own],
-                loss_curves=[_pairs(run.training["loss_curve"]) for run in own],
-                validation_curves=[_pairs(run.training["validation_curve"]) for run in own],
+                loss_curves=[_pairs(run.training.loss_curve) for run in own],
+                validation_curves=[_pairs(run.training.validation_curve) for run in own],
                 diagnosis=f"{own[0].name}/{CheckpointDiagnosis.FILE}",
             )
         )

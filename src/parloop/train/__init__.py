@@ -1,3 +1,22 @@
+from typing import TYPE_CHECKING, Any
+
 from .recipe import ChatRecipe, Recipe, load_recipe
 
-__all__ = ["ChatRecipe", "Recipe", "load_recipe"]
+if TYPE_CHECKING:
+    from .result import TrainingResult
+    from .training import train
+
+__all__ = ["ChatRecipe", "Recipe", "TrainingResult", "load_recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what trains, which takes seconds, when it is first asked for."""
+    if name == "train":
+        from .training import train
+
+        return train
+    if name == "TrainingResult":
+        from .result import TrainingResult
+
+        return TrainingResult
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

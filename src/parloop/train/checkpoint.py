@@ -30,18 +30,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from transformers import GenerationConfig
+from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.distributed.utils import gather_full_state_dict
 
+from ..checkpoints import load_part, other_head, refuse_other_weights
 from ..errors import CheckpointError
-from ..folder import check_room, new_folder
-from ..generate import check_weights, load_part, other_head, refuse_other_weights
 from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
 # Not missed: the gates of a looped checkpoint that goes on with one loop, and what old Llama files keep though it is computed.
 UNUSED = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.|\.rotary_emb\.inv_freq$")
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters: independent of how they are grouped
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
 
 
 def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
@@ -162,15 +162,14 @@ def _tied(model: Any) -> dict[str, str]:
 
 
 def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Every process must call it."""
-    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    _quiet(dcp.save, {"optimizer": state}, checkpoint_id=str(folder / OPTIMIZER))
+    """Write the states of optimiser and schedule. Every process must call it."""
+    _quiet(save_optimizer_distributed, model, optimizer, str(folder / OPTIMIZER))
     if main_process():
         torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
 
 def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Every process must call it."""
+    """Read the states of optimiser and schedule into them. Every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     there = FileSystemReader(folder / OPTIMIZER).read_metadata().state_dict_metadata
     saved = {name: value for name, value in state.items() if f"optimizer.{name}" in there}
@@ -202,44 +201,3 @@ def last_whole_checkpoint(output: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def export(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer. Adapters are merged
-    into the model that the run's recipe names.
-
-    Args:
-        checkpoint: checkpoint-N of a run, by any number of processes.
-        out: folder to make.
-
-    Raises:
-        CheckpointError: it is no whole checkpoint, or its weights are not what its config.json says.
-        OutputError: the folder is not empty, or cannot be written.
-    """
-    from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
-
-    checkpoint, out = Path(checkpoint), Path(out)
-    if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
-        raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
-    if (checkpoint / "model.safetensors").is_file():
-        check_weights(checkpoint)
-    with new_folder(out) as scratch:
-        weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-        check_room(scratch, weights, "the model")
-        if (checkpoint / "adapter_config.json").is_file():
-            from .finetune import merge_adapter
-            from .recipe import ChatRecipe
-
-            recipe = ChatRecipe.load(checkpoint.parent / "recipe.yaml")
-            counts = recipe.loop_counts
-            merge_adapter(recipe.model, checkpoint, scratch, counts if counts and len(counts) > 1 else None)
-        if list(checkpoint.glob("shard-*.safetensors")):
-            consolidate_distributed_checkpoint(checkpoint, scratch)
-            (whole,) = scratch.glob("*.safetensors")
-            whole.rename(scratch / "model.safetensors")
-            (scratch / "model.safetensors.index.json").unlink(missing_ok=True)
-        apart = re.compile(rf"{STATE}|{SCHEDULER}|stream-.*|shard-.*|adapter_.*|README\.md|.*\.(pth|pt)")
-        for path in checkpoint.iterdir():
-            if path.is_file() and not apart.fullmatch(path.name):
-                shutil.copyfile(path, scratch / path.name)
-    return out

@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> list[float]:
-        """Of every loop."""
+        """Bits per byte of every loop."""
         return [float(nll / math.log(2) / self.bytes.sum()) for nll in self.nll.sum(0)]
 
     @property

@@ -1,4 +1,4 @@
-"""What a recipe will take, before it is run: parameters, FLOPs, memory of every GPU, days. The model is built on the meta device only.
+"""Plan a recipe before it is run: parameters, FLOPs, memory of every GPU, days. The model is built on the meta device only.
 
 FLOPs are counted from the shape (model/flops.py). Memory is the sum of what a training step holds at its peak, from a list of what each
 layer keeps for its backward pass; `benchmarks/training_memory.py` holds both against measured runs. Peaks of a GPU's kernels and
@@ -57,7 +57,7 @@ class Memory:
 
 
 def parameters(config: PLTConfig) -> dict[str, int]:
-    """Of the layers, the embedding, the head and the gates, and in all."""
+    """Count the parameters of the layers, the embedding, the head and the gates, and all of them."""
     with torch.device("meta"):
         model = PLTForCausalLM(config)
     layers = sum(p.numel() for p in model.model.layers.parameters())
@@ -134,7 +134,7 @@ def training_memory(
     fused: bool = True,
     adapters: int = 0,
 ) -> Memory:
-    """Of one process.
+    """Compute the memory that a training step takes on one process.
 
     Args:
         rows: of a micro-batch of this process.
@@ -200,7 +200,7 @@ def plan_of(recipe: Recipe | ChatRecipe) -> dict[str, Any]:
         RecipeError: the recipe describes no model.
     """
     if isinstance(recipe, ChatRecipe) or recipe.init_from is not None:
-        from ..generate import load_config
+        from ..checkpoints import load_config
 
         config = load_config(recipe.model if isinstance(recipe, ChatRecipe) else str(recipe.init_from))
     else:

@@ -13,6 +13,8 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def _(default: Any, doc: str) -> Any:
 
 @dataclass
 class RunSettings:
-    """What every run has: the optimiser (Adam, with the paper's values but for the learning rate), and how it is run."""
+    """Fields of every run: the optimiser (Adam, with the paper's values but for the learning rate), and how it is run."""
 
     batch_size: int = _(8, "rows per optimiser step, over all processes")
     gradient_accumulation: int = _(1, "split a step's rows into this many passes, to save memory")
@@ -120,7 +122,7 @@ class RunSettings:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def placed(self) -> typing.Self:
-        """The same with absolute paths, so that it can be read from anywhere."""
+        """Return the recipe with absolute paths, so that it can be read from anywhere."""
         here = _with_paths(
             {f.name: getattr(self, f.name) for f in fields(self)}, lambda given: _found(given, Path()) or given
         )
@@ -209,7 +211,7 @@ class Recipe(RunSettings):
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What is trained on, with weights: the mixture's entries, or the one source."""
+        """The sources with their weights: the mixture's entries, or the one source."""
         return self.mixture or [{"source": self.source, "weight": 1.0}]
 
     @property
@@ -217,7 +219,7 @@ class Recipe(RunSettings):
         return max(1, round(self.tokens / (self.length * self.batch_size)))
 
     def corpus_settings(self, source: dict | None = None) -> CorpusSettings:
-        """Of the recipe's source, or of one of its mixture."""
+        """Return the settings of the recipe's corpus, or of one source of its mixture."""
         values = {f.name: getattr(self, f.name) for f in fields(CorpusSettings)} | (source or {})
         values.pop("weight", None)
         return CorpusSettings(**(values | {"extensions": tuple(values["extensions"])}))
@@ -368,33 +370,31 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         RecipeError: no such file or shipped recipe, or not a mapping.
     """
-    given, path = str(path), Path(path)
-    if not path.is_file() and given in shipped_recipes():
-        path = shipped_recipes()[given]
-    if not path.is_file():
-        names = ", ".join(shipped_recipes())
-        raise RecipeError(f"recipe {given!r} is neither a file nor one of the shipped recipes ({names}).")
+    shipped, file = shipped_recipes(), Path(path)
+    found: Traversable = file if file.is_file() else shipped.get(str(path), file)
+    if not found.is_file():
+        raise RecipeError(f"recipe {str(path)!r} is neither a file nor one of the shipped recipes ({', '.join(shipped)}).")
     try:
-        values = yaml.safe_load(path.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
+        values = yaml.safe_load(found.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
     except RecursionError as error:
-        raise RecipeError(f"recipe {str(path)!r} is nested too deeply.") from error
+        raise RecipeError(f"recipe {str(found)!r} is nested too deeply.") from error
     except ReaderError as error:
         kind = "text" if error.encoding == "unicode" else error.encoding.upper()
         raise RecipeError(
-            f"recipe {str(path)!r} is not {kind} ({error.reason}, position {error.position}): save it as UTF-8."
+            f"recipe {str(found)!r} is not {kind} ({error.reason}, position {error.position}): save it as UTF-8."
         ) from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the others: of values like 2020-99-01
-        raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+        raise RecipeError(f"recipe {str(found)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {str(path)!r} must be a mapping of fields to values.")
-    return path, values
+        raise RecipeError(f"recipe {str(found)!r} must be a mapping of fields to values.")
+    return Path(str(found)), values
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with parloop: `recipes/` of the repository, `parloop/recipes` of a wheel."""
-    package = Path(__file__).parents[1]
-    folder = next(f for f in (package / "recipes", package.parents[1] / "recipes") if f.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+def shipped_recipes() -> dict[str, Traversable]:
+    """Return the recipes that come with parloop, by name."""
+    folder = files("parloop") / "recipes"
+    recipes = {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    return dict(sorted(recipes.items()))
 
 
 PATHS = ("source", "tokenizer", "init_from", "model", "chat")  # fields that may name a file, a folder or a glob
@@ -419,7 +419,7 @@ def _found(given: str, folder: Path) -> str | None:
     if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB):
         return None
     try:
-        path = folder / Path(given).expanduser()
+        path = folder / os.path.expanduser(given)
         there = path.exists() or (glob.has_magic(given) and next(glob.iglob(str(path), recursive=True), None) is not None)
     except (OSError, ValueError, RuntimeError):  # no name of a file, nobody's home
         return None

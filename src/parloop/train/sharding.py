@@ -101,6 +101,7 @@ def empty_model(config: PLTConfig, settings: RunSettings, state: PartialState) -
         )
     with torch.device("meta"):
         model = PLTForCausalLM(config)
+    model.set_attn_implementation(settings.attention)
     if mesh is not None:
         style = "keep_full_weight" if settings.gather == "step" else "free_full_weight"
         # Final norm and head stay with the root, which keeps what it has gathered: the norm runs once per loop, and fused losses
@@ -155,7 +156,7 @@ def barrier() -> None:
 
 
 def mean_over_processes(value: torch.Tensor) -> float:
-    """Of a number that each process has, of which all must call it."""
+    """Return the mean of `value` over all processes. Every process must call it."""
     if dist.is_initialized():
         value = value.detach().clone()
         dist.all_reduce(value)
@@ -164,7 +165,7 @@ def mean_over_processes(value: torch.Tensor) -> float:
 
 
 def agreed(folder: Path | None) -> Path | None:
-    """What the first process says, on every process."""
+    """Return the first process's answer on every process. Every process must call it."""
     if not dist.is_initialized():
         return folder
     said = [folder]

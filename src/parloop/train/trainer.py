@@ -1,32 +1,26 @@
 """transformers' Trainer for PLTs: loop counts by step, shards, checkpoints for any number of processes, and a stop for runs that are lost."""
 
-import json
+import functools
 import math
 import random
-import shutil
-import time
-import warnings
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.markup import escape
-from rich.progress import Progress
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ..errors import TrainingDivergedError
-from .checkpoint import STATE, checkpoints_of, load_optimizer, load_weights, save_optimizer, save_weights
+from .checkpoint import load_optimizer, load_weights, save_optimizer, save_weights
+from .objective import Objective, next_token
 from .recipe import RunSettings
 from .sharding import barrier, free_gathered, is_sharded, main_process, mean_over_processes, uses_bfloat16, uses_cuda
 
 
 class LoopedTraining:
-    """What a Trainer needs for a PLT; put it before Trainer, or a subclass of it, among the bases."""
+    """Mixin of Trainers for PLTs. It goes before Trainer, or a subclass of it, among the bases."""
 
     loop_counts: list[int] | None = None  # several: another one at every step
     stream: Any = None  # the loader of a mixture, whose place in the data is saved
@@ -111,6 +105,13 @@ class LoopedTraining:
 class PLTTrainer(LoopedTraining, Trainer):
     """Trains a PLT on packed rows."""
 
+    objective: Objective = staticmethod(next_token)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Trainer calls what it is given, and takes the loss of the output. Validation losses are of the next token always.
+        objective = self.objective if model.training else next_token
+        return super().compute_loss(functools.partial(objective, model), inputs, *args, **kwargs)  # type: ignore[arg-type]
+
 
 def drawn_loops(counts: list[int], seed: int, step: int) -> int:
     """The loop count of a step. It depends on nothing else, so that all processes and resumed runs agree."""
@@ -159,102 +160,6 @@ def training_arguments(settings: RunSettings, output: Path, steps: int, processe
         "report_to": ["tensorboard"] if _has_tensorboard() else [],
         "disable_tqdm": True,
     } | more
-
-
-class Clock(TrainerCallback, ExportableState):
-    """Time in training steps, without validation and saving, summed over interruptions: Trainer keeps `state()` in each
-    checkpoint's trainer_state.json, so that time and weights are always those of the same step."""
-
-    def __init__(self, checkpoint: Path | None):
-        state = {} if checkpoint is None else json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        before = state.get("stateful_callbacks", {}).get("Clock", {}).get("attributes", {})
-        self.seconds: float = before.get("seconds", 0.0)
-        self.median: float = before.get("median", 0.0)  # of this process's steps, or of the last one's if it made none
-        self.steps: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.stateful_callbacks.setdefault("Clock", {})  # Trainer updates it, but a checkpoint may come without
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(time.perf_counter() - self.start)
-        self.seconds += self.steps[-1]
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds, "median": self.step_seconds()}}
-
-    def step_seconds(self) -> float:
-        return float(np.median(self.steps)) if self.steps else self.median
-
-
-class KeepCheckpoints(TrainerCallback):
-    """Deletes a run's older checkpoints. (Trainer's own limit counts and deletes all that is called checkpoint-SOMETHING.)"""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def on_save(self, args, state, control, **kwargs):
-        if main_process():
-            for folder in checkpoints_of(Path(args.output_dir))[self.number :]:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-class HiddenScaleWarmup(TrainerCallback):
-    """c grows from 0 to its value, linearly over the first steps."""
-
-    def __init__(self, config: Any, steps: int):
-        self.config, self.steps, self.final = config, steps, config.plt_hidden_scale
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.config.plt_hidden_scale = (1.0 if self.final is None else self.final) * min(1.0, state.global_step / self.steps)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.config.plt_hidden_scale = self.final
-
-
-class StepCallback(TrainerCallback):
-    """Calls a function with every step's number and, where it is logged, the loss."""
-
-    def __init__(self, on_step: Callable[[int, float], None]):
-        self.on_step = on_step
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.on_step(state.global_step, float("nan"))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.on_step(state.global_step, float("nan"))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.on_step(state.global_step, logs["loss"])
-
-
-class BarCallback(TrainerCallback):
-    """A progress bar with the loss and the time left."""
-
-    def __init__(self, progress: Progress, label: str, steps: int):
-        self.progress = progress
-        self.task = self.progress.add_task(escape(label), total=steps, loss="")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"loss {logs['loss']:.3f}")
-
-
-def quiet_libraries() -> None:
-    """What libraries say of things that are as they should be."""
-    # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
-    warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
-    # A layer returns loop 1's keys and values, which are views; nothing changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _has_tensorboard() -> bool:

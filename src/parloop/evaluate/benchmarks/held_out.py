@@ -102,7 +102,7 @@ def resolve(job: Job) -> None:
     """
     import torch
 
-    from ...generate import load_config
+    from ...checkpoints import load_config
 
     if job.checkpoint is None and job.data is None:
         raise EvaluationError("held_out of a server needs a text: --data held_out=FILE.jsonl, with a column `text`.")
@@ -122,7 +122,7 @@ def memory_gb(job: Job) -> float:
     """The weights of a checkpoint in a folder, in the type that they are loaded in, and a little more."""
     import torch
 
-    from ...generate import load_config
+    from ...checkpoints import load_config
 
     if job.checkpoint is None or not Path(job.checkpoint).is_dir():
         return 0.0

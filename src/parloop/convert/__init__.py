@@ -1,0 +1,3 @@
+from .conversion import Converted, convert
+
+__all__ = ["Converted", "convert"]
