@@ -103,7 +103,11 @@ def test_tables_and_figure(measured):
         assert max(map(len, text.splitlines())) <= 100
         assert "the scheme of the vendor's server, not their code" in text
         assert "compiled:" not in text
-    ratios, times, _ = draw(result).axes
+    figure = draw(result)
+    figure.draw_without_rendering()
+    for axes in figure.axes:  # legends lie on no data
+        assert axes.get_legend().get_window_extent().y1 <= axes.xaxis.label.get_window_extent().y0
+    ratios, times, _ = figure.axes
     assert [container.get_label() for container in ratios.containers] == [
         "6 tokens", "40 tokens", "6 tokens, batch 2", "40 tokens, batch 2", "a pass per loop (dotted)", *[ANY] * 3
     ]  # fmt: skip

@@ -101,7 +101,7 @@ def train(
     Parameters
     ----------
     recipe
-        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu, loopcoder-v2-7b, chat, chat-lora.
+        A YAML file with the fields below, or the name of a shipped one: quick, laptop, gpu, loopcoder-v2-7b, task, chat, chat-lora, think.
     output
         Folder of the run. Default: runs/train/NAME-OF-THE-RECIPE-rR.
     fresh
@@ -161,9 +161,10 @@ def study(
     /,
     *,
     loops: Annotated[list[int] | None, Many] = None,
-    preset: str = "quick",
+    preset: str | None = None,
     seeds: int = 1,
     match: str = "tokens",
+    control: Annotated[list[str] | None, Many] = None,
     output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[StudyOverrides, Parameter(name="*")] = StudyOverrides(),  # noqa: B008
@@ -177,15 +178,19 @@ def study(
     Parameters
     ----------
     source
-        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME.
+        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
+        that takes depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
     loops
         The loop counts to compare. Default: 1 2 3 4.
     preset
-        quick (six minutes on two cores), laptop (planned for an hour), gpu (planned for half an hour on one large GPU), or a recipe file.
+        Default: quick, or task for a task. quick (six minutes on two cores), task (minutes on two cores), laptop (planned for an hour), gpu (planned for half an hour on one large GPU), or a recipe file.
     seeds
         Trainings per loop count. Several make the intervals cover the luck of training.
     match
         tokens: the same training tokens for all. compute: the same training FLOPs.
+    control
+        Models of one loop beside every loop count above 1. deep: as many times the layers, each with its own weights. compute: as many more
+        training tokens as the loops' compute buys.
     output
         Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default.
     fresh
@@ -195,7 +200,18 @@ def study(
 
     changes = _given(overrides) | ({} if source is None else {"source": source})
     console = _console()
-    result = run_study(preset, output, loops=loops, seeds=seeds, match=match, changes=changes, console=console, fresh=fresh)
+    preset = preset or ("task" if str(changes.get("source", "")).startswith("task:") else "quick")
+    result = run_study(
+        preset,
+        output,
+        loops=loops,
+        seeds=seeds,
+        match=match,
+        controls=control,
+        changes=changes,
+        console=console,
+        fresh=fresh,
+    )
     console.print(result)
     _name_files(console, "report", result.folder, "report.html")
 
@@ -217,6 +233,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    think_budget: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -240,6 +257,8 @@ def generate(
         Sample among the likeliest tokens that make up this probability.
     seed
         Seed of the sampling.
+    think_budget
+        Tokens of reasoning between <think> and </think>; it is closed then, and the answer follows. Default: as many as the model writes.
     device
         auto, cpu or cuda.
     dtype
@@ -257,6 +276,7 @@ def generate(
         seed,
         device,
         dtype,
+        think_budget,
     )
 
 

@@ -75,7 +75,7 @@ def _is_study(folder: Path) -> bool:
 
 STUDY = Kind(
     "a study",
-    files=r"results\.json|report\.html|README\.md|(loss|curves|cost|lenses-\w+)\.png",
+    files=r"results\.json|report\.html|README\.md|(loss|curves|cost|answers|lenses-\w+)\.png",
     made=r"r\d+(-[\w.+]+)*-seed\d+",
     known=_is_study,
 )

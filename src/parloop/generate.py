@@ -1,7 +1,9 @@
 """Stream text from a checkpoint to the terminal."""
 
+import bisect
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from .errors import CheckpointError, first_line
 from .record import printable
 
 GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: what is divided by less may overflow
+
+OPENING, CLOSING = "<think>", "</think>"
 
 
 def stream(
@@ -24,8 +28,12 @@ def stream(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    think_budget: int | None = None,
 ) -> None:
     """Print the prompt and its continuation, token by token.
+
+    Args:
+        think_budget: tokens of reasoning, after which it is closed; see `closing_reasoning`.
 
     Raises:
         CheckpointError: as `load_model`; also for options out of their bounds and prompts that are too long or empty.
@@ -36,6 +44,7 @@ def stream(
         ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0; 0 takes the likeliest token"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1; 1 samples among all tokens"),
         ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
+        ("think_budget", think_budget, think_budget is None or think_budget >= 0, "at least 0, in tokens"),
     ):
         if not allowed:
             raise CheckpointError(f"{name}={value} must be {what}.")
@@ -64,6 +73,8 @@ def stream(
     sampling: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "do_sample": temperature >= GREEDY_BELOW}
     if sampling["do_sample"]:
         sampling |= {"temperature": temperature, "top_p": top_p}
+    if think_budget is not None:
+        sampling["prefix_allowed_tokens_fn"] = closing_reasoning(think_budget, tokenizer, model.config.vocab_size)
     try:
         model.generate(
             input_ids=inputs["input_ids"],
@@ -77,3 +88,32 @@ def stream(
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot generate ({first_line(error)}): see its generation_config.json."
         ) from error
+
+
+def closing_reasoning(budget: int, tokenizer: Any, vocab_size: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Close reasoning after `budget` tokens of it: what `generate(prefix_allowed_tokens_fn=..)` takes.
+
+    Reasoning is what follows <think>, which the model writes or the prompt ends with, up to </think>. A model that has not closed it when
+    the budget is used up can go on with nothing but the tokens of </think> and an empty line; then it writes its answer. The temperature
+    and everything else of generation are as they are.
+
+    Args:
+        budget: in tokens, those of the tags not counted.
+        vocab_size: rows of the model's embedding.
+    """
+    anything = torch.arange(vocab_size)
+    closing = torch.tensor(tokenizer(f"\n{CLOSING}\n\n", add_special_tokens=False)["input_ids"])
+
+    def allowed(row: int, ids_T: torch.Tensor) -> torch.Tensor:
+        ids = ids_T.tolist()
+        openings = tokenizer.decode(ids).count(OPENING)
+        if not openings:
+            return anything
+        # The tags may be several tokens each, which join with their neighbours: text is what shows them.
+        begin = bisect.bisect_left(range(len(ids) + 1), openings, key=lambda n: tokenizer.decode(ids[:n]).count(OPENING))
+        beyond = len(ids) - begin - budget
+        if not 0 <= beyond < len(closing) or CLOSING in tokenizer.decode(ids[begin : begin + budget]):
+            return anything
+        return closing[beyond : beyond + 1]
+
+    return allowed

@@ -83,6 +83,11 @@ def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) 
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
 
+def mean_over(values: np.ndarray, weights: Resamples) -> Interval:
+    """Return the mean of values [seeds, documents] and the 95% interval of its resamples."""
+    return Interval(float(values.mean()), *_limits(weights.sums(values) / weights.sums(np.ones_like(values))))
+
+
 def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
     """nll minus other, both [seeds, documents] in nats on the same documents and seeds, in bits per byte.
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from parloop.corpus.chat import encode, load_chat
+from parloop.corpus.chat import Reasoning, encode, load_chat
 from parloop.errors import SourceError
-from tests.helpers.chats import CHATML, chat_tokenizer, write
+from tests.helpers.chats import CHATML, THINKING, chat_tokenizer, write
 
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
@@ -198,3 +198,104 @@ def test_many_conversations_are_encoded_by_other_processes(tmp_path, monkeypatch
     assert 0 < one.left_out["over 40 tokens"] < 50
     assert (one.train.to_list(), one.validation.to_list()) == (other.train.to_list(), other.validation.to_list())
     assert (one.digest, one.left_out) == (other.digest, other.left_out)
+
+
+# Reasoning
+
+
+def thinking(index, thought="hm, well", form="reasoning_content", **more):
+    """A conversation of one question, with reasoning in one of its forms."""
+    answer = {"role": "assistant", "content": f"hello {index}"}
+    if form == "<think>":
+        answer["content"] = f"<think>\n{thought}\n</think>\n\n{answer['content']}"
+    elif form:
+        answer[form] = thought
+    return {"messages": [{"role": "user", "content": f"say it, {index}"}, answer]} | more
+
+
+def loaded(tmp_path, rows, template=THINKING, length=200, **reasoning):
+    tokenizer = chat_tokenizer(template)
+    chat = load_chat(write(tmp_path / "chat.jsonl", rows), tokenizer, length, 1e-9, set(), Reasoning(**reasoning))
+    return chat, [(tokenizer.decode(row["input_ids"]), *learnt(tokenizer, row)) for row in chat.train]
+
+
+# Of a template without words for reasoning, it is part of the content; what marks the assistant's turns finds it there too.
+@pytest.mark.parametrize("template", [THINKING, CHATML, MARKED], ids=["of its own", "plain", "marked"])
+@pytest.mark.parametrize("form", ["reasoning_content", "reasoning", "<think>"])
+def test_reasoning_and_answer_are_learnt_and_nothing_else(tmp_path, template, form):
+    chat, rows = loaded(tmp_path, [thinking(0, form=form)], template)
+    assert not chat.left_out
+    assert [row[1:] for row in rows] == [("<think>\nhm, well\n</think>\n\nhello 0<|im_end|>",)]
+    assert rows[0][0].startswith("<|im_start|>user\nsay it, 0<|im_end|>\n<|im_start|>assistant\n<think>")
+
+
+@pytest.mark.parametrize("template", [THINKING, MARKED.replace("{{ m.content }}<|im_end|>{% endgen", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>{% endgen")], ids=["of its own", "marked"])  # fmt: skip
+def test_reasoning_that_the_template_forgets_is_learnt_in_rows_of_its_own(tmp_path, template):
+    messages = [*thinking(0)["messages"], *thinking(1, "so, then")["messages"]]
+    _, rows = loaded(tmp_path, [{"messages": messages}], template)
+    assert [row[1:] for row in rows] == [
+        ("<think>\nhm, well\n</think>\n\nhello 0<|im_end|>",),
+        ("<think>\nso, then\n</think>\n\nhello 1<|im_end|>",),
+    ]
+    assert "hm, well" not in rows[1][0]  # as a model is asked
+
+
+@pytest.mark.parametrize("switch", [{"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}])
+def test_thinking_that_is_turned_off_is_not_learnt(tmp_path, switch):
+    _, rows = loaded(tmp_path, [thinking(0, form=None, **switch), thinking(1, form=None)])
+    assert rows[0][1:] == ("hello 0<|im_end|>",)
+    assert rows[0][0].endswith("assistant\n<think>\n\n</think>\n\nhello 0<|im_end|>\n")
+    assert rows[1][1:] == (
+        "<think>\n\n</think>\n\nhello 1<|im_end|>",
+    )  # where it is on, the template writes that there was none
+
+
+def test_what_contradicts_itself_or_is_no_reasoning_is_counted(tmp_path):
+    wrong = [
+        thinking(0, enable_thinking=False),
+        thinking(1, enable_thinking="no"),
+        thinking(2, chat_template_kwargs={"tokenize": True}),
+        thinking(3, thought=["a list"]),
+        {"messages": [{"role": "user", "content": "x", "reasoning": "hm"}, {"role": "assistant", "content": "y"}]},
+    ]
+    chat, rows = loaded(tmp_path, [*wrong, thinking(5)])
+    assert len(rows) == 1
+    assert chat.left_out == {
+        "the chat template refuses it (the text before a turn is not how the text with it begins)": 1,
+        "enable_thinking that is neither true nor false": 1,
+        "chat_template_kwargs that are no options of a template": 1,
+        "reasoning that is not the assistant's text": 2,
+    }
+
+
+def test_reasoning_that_a_template_does_not_write_is_counted(tmp_path):
+    forgets = CHATML.replace("{{ m.content or '' }}", "{{ (m.content or '').split('</think>')[-1] }}")
+    chat, rows = loaded(tmp_path, [thinking(0), thinking(1, form="<think>"), thinking(2, form=None)], forgets)
+    assert chat.left_out == {"reasoning, which the chat template does not write": 2}
+    assert [row[1:] for row in rows] == [("hello 2<|im_end|>",)]
+
+
+@pytest.mark.parametrize("form", ["reasoning_content", "<think>"])
+@pytest.mark.parametrize("template", [THINKING, CHATML], ids=["of its own", "plain"])
+def test_long_reasoning_is_dropped_or_cut_and_counted(tmp_path, form, template):
+    tokenizer = chat_tokenizer(template)
+    long = "it is this, or that, and so on, and on"
+    rows = [thinking(0, form=form), thinking(1, long, form=form), thinking(2, form=None)]
+    tokens = len(tokenizer("hm, well", add_special_tokens=False)["input_ids"])
+    assert tokens < len(tokenizer(long, add_special_tokens=False)["input_ids"])
+
+    chat, dropped = loaded(tmp_path, rows, template, tokens=tokens, long="drop")
+    assert (chat.conversations, chat.cut) == (2, 0)
+    assert chat.left_out == {f"reasoning over {tokens} tokens": 1}
+    assert "hello 1" not in str(dropped)
+
+    chat, cut = loaded(tmp_path, rows, template, tokens=tokens, long="cut")
+    assert (chat.conversations, chat.cut) == (3, 1)
+    assert not chat.left_out
+    begin = tokenizer.decode(tokenizer(long, add_special_tokens=False)["input_ids"][:tokens])
+    assert {row[1] for row in cut} > {
+        f"<think>\n{begin}\n</think>\n\nhello 1<|im_end|>",
+        "<think>\nhm, well\n</think>\n\nhello 0<|im_end|>",
+    }
+    whole, _ = loaded(tmp_path, rows, template)  # 0 tokens: no limit
+    assert (whole.conversations, whole.cut) == (3, 0)

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from parloop.corpus import CorpusSettings, load_corpus, sources
 from parloop.corpus.samples import draw_samples, padded_batches, samples_of
@@ -31,21 +30,10 @@ from parloop.errors import OutputError, SourceError
 from parloop.train import ChatRecipe, Recipe
 from tests.helpers.models import random_ids, tiny_model
 from tests.helpers.sources import write_sources
+from tests.helpers.text import byte_tokenizer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters of bytes, no merges: small enough for tiny models (59 of the 256 bytes are known)."""
-    known = [c for c in map(chr, range(33, 127)) if c.islower() or c.isdigit() or c in "_().,:=[]"][:55]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "Ġ", "Ċ", *known])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")

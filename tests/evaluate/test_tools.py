@@ -4,6 +4,7 @@ They are installed by the first test that needs them, so `make test-eval` runs t
 """
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -18,12 +19,15 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from parloop.corpus.tasks import HELD_OUT, Encoder, task_of
 from parloop.errors import EvaluationError
 from parloop.evaluate import agents, run
 from parloop.evaluate.benchmark import Environment, Job, benchmarks
 from parloop.evaluate.environments import make
 from parloop.evaluate.run import Request, evaluate
+from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
+from parloop.train.training import train
 from tests.helpers.chats import byte_tokenizer
 from tests.helpers.models import tiny_model
 from tests.helpers.scripted import Scripted, call
@@ -268,6 +272,48 @@ def test_lm_eval_counts_what_we_count(checkpoint, texts, tmp_path, loops):
     # Our own count predicts <eos> too, and does not fill the last window: near, and not the same.
     plain = evaluate_documents(model, tokenizer, rows, 128, num_loops=loops).bits_per_byte[-1]
     assert 1e-4 < abs(plain - result.value) < 0.2
+
+
+@pytest.fixture(scope="module")
+def on_a_task(tmp_path_factory):
+    """Sources of tasks -> checkpoints that were trained on them, for two steps."""
+    made = {}
+
+    def folder(source):
+        if source not in made:
+            made[source] = tmp_path_factory.mktemp("task") / "run"
+            train(
+                Recipe(source=source, length=192, loops=2, hidden_size=32, num_hidden_layers=1, intermediate_size=48, batch_size=2,
+                       tokens=768, eval_every=0, device="cpu"), made[source], console=QUIET)  # fmt: skip
+        return made[source]
+
+    return folder
+
+
+@pytest.mark.parametrize("source", ["task:s5,length=8", "task:hops", "task:hops,trace", "task:run,levels=3"])
+def test_lm_eval_asks_what_we_ask(on_a_task, tmp_path, source):
+    task, checkpoint = task_of(source), on_a_task(source)
+    request = Request(
+        ["held_out"], checkpoint=str(checkpoint), output=tmp_path / "out", settings={"held_out": {"documents": 3}}
+    )
+    (result,) = evaluate(request, QUIET)
+    model, encode = AutoModelForCausalLM.from_pretrained(checkpoint), Encoder(task, task.tokenizer())
+    right = {group: [] for group in task.groups}
+    for number, group in itertools.product(range(3), task.groups):
+        document = encode(task.document(number, HELD_OUT, group=None if task.asks_every_group else group))
+        last = int(np.flatnonzero(document.groups == group)[-1])
+        places = range(document.prompt, last + 1) if task.is_written else [last]
+        with torch.no_grad():
+            log_p = model(torch.tensor(document.input_ids[None]).long()).logits[0].log_softmax(-1)
+        said = [int(document.labels[place]) for place in places]
+        nll = -sum(float(log_p[place - 1, token]) for place, token in zip(places, said)) / np.log(2)
+        text = encode.tokenizer.decode(said)
+        item = result["items"][str(number * len(task.groups) + task.groups.index(group))]
+        assert item == pytest.approx(nll / len(f" {text}".encode()), abs=1e-4)
+        right[group].append(all(int(log_p[place - 1].argmax()) == token for place, token in zip(places, said)))
+    for group, share in right.items():
+        (part,) = [value for name, value in result["parts"].items() if name.startswith(f"exact match, {task.unit} {group} ")]
+        assert part == pytest.approx(100 * np.mean(share))
 
 
 # bfcl

@@ -284,7 +284,7 @@ def schemes(monkeypatch):
             return dataclasses.replace(recipe, loops=self.loops, **scale, **changes)
 
     monkeypatch.setattr(arms, "Arm", Schemes)
-    return [Schemes(n, scheme) for n in (1, 2) for scheme in ("paper", "none")]
+    return [Schemes(n, scheme=scheme) for n in (1, 2) for scheme in ("paper", "none")]
 
 
 def test_a_further_field_of_an_arm_is_a_column_a_label_and_a_folder(schemes, recipe):
@@ -333,7 +333,7 @@ def test_the_command_line(recipe, tmp_path):
         (["study", "no/such/folder"], "no such file or folder"),
         (
             ["study", "--preset", "huge"],
-            "neither a file nor one of the shipped recipes (chat, chat-lora, gpu, laptop, loopcoder-v2-7b, quick)",
+            "neither a file nor one of the shipped recipes (chat, chat-lora, gpu, laptop, loopcoder-v2-7b, quick, task, think)",
         ),
         (["train", "quick", "--loops", "0"], "loops=0 must be at least 1"),
         (["generate", "no/such/checkpoint"], "checkpoint 'no/such/checkpoint' cannot be loaded"),

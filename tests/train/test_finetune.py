@@ -1,5 +1,6 @@
 """Fine-tuning on conversations: full and LoRA, resumed, merged, and only on the assistant's tokens."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -17,7 +18,7 @@ from parloop.train.conversations import Rows, order_of, packed
 from parloop.train.export import export
 from parloop.train.trainer import training_arguments
 from parloop.train.training import train
-from tests.helpers.chats import chat_tokenizer, conversations, recipe_of, write
+from tests.helpers.chats import THINKING, chat_tokenizer, conversations, recipe_of, write
 from tests.helpers.models import tiny_model
 
 QUIET = Console(quiet=True)
@@ -38,12 +39,12 @@ def made(tmp_path_factory):
     return folder
 
 
-def answer(folder, question):
+def answer(folder, question, max_new_tokens=12):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    output = model.generate(ids, max_new_tokens=12, do_sample=False)
+    output = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, ids.shape[1] :])
 
 
@@ -294,3 +295,28 @@ def test_what_does_not_fit_the_model(made, tmp_path):
     tokenizer.save_pretrained(base)
     with pytest.raises(RecipeError, match=r"tokenizer of .* tokens were added without resizing the model"):
         train(recipe_of(made, model=str(base)), tmp_path / "other", console=QUIET)
+
+
+def test_reasoning_is_learnt_and_merged(made, tmp_path):
+    """From conversations with reasoning to a model that writes it before its answer; adapters are merged."""
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    (base / "chat_template.jinja").write_text(THINKING)
+    rows = conversations()
+    for number, row in enumerate(rows):
+        word = row["messages"][-1]["content"].split()[0]
+        row["messages"][-1] |= {"reasoning": f"say {word} again" + (", and again, and again" if number % 40 == 5 else "")}
+        row["tools"] = None
+    chat = write(tmp_path / "chat.jsonl", rows)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    limit = len(tokenizer("say yellow again, and", add_special_tokens=False)["input_ids"])
+    changes = {"lora_rank": 16, "learning_rate": 3e-2, "max_reasoning_tokens": limit, "long_reasoning": "cut"}
+    recipe = recipe_of(made, model=str(base), chat=chat, **changes)
+    result = train(recipe, tmp_path / "run", console=QUIET)
+    assert result.reasoning_cut == 3
+    assert not result.left_out
+    written = answer(tmp_path / "run", "7 green", max_new_tokens=40)
+    assert written.startswith("<think>\n")
+    assert "</think>" in written
+    result = train(dataclasses.replace(recipe, long_reasoning="drop", epochs=0.1), tmp_path / "dropped", console=QUIET)
+    assert (result.conversations, result.reasoning_cut) == (117, 0)
+    assert result.left_out == {f"reasoning over {limit} tokens": 3}

@@ -118,7 +118,7 @@ def test_scales_follow_from_the_initialisation():
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_load(name, by):
     path = name if by == "name" else RECIPES[name]
-    if not name.startswith("chat"):
+    if not name.startswith(("chat", "think")):
         assert load_recipe(path).steps > 100
         return
     with pytest.raises(RecipeError, match="model is missing: folder or Hub name of the PLT checkpoint"):
@@ -130,7 +130,7 @@ def test_shipped_recipes_load(name, by):
 
 def test_recipes_are_in_the_package(monkeypatch, tmp_path):
     """By name from anywhere; a file of that name where the command runs is meant first."""
-    assert list(RECIPES) == ["chat", "chat-lora", "gpu", "laptop", "loopcoder-v2-7b", "quick"]
+    assert list(RECIPES) == ["chat", "chat-lora", "gpu", "laptop", "loopcoder-v2-7b", "quick", "task", "think"]
     assert all(Path(str(file)).parent == Path(parloop.__file__).parent / "recipes" for file in RECIPES.values())
     monkeypatch.chdir(tmp_path)
     assert Recipe.load("quick") == Recipe.load(RECIPES["quick"]) != Recipe()

@@ -32,6 +32,17 @@ from .corpus import is_validation
 
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "environment"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REASONING = ("reasoning", "reasoning_content")  # the names of what stands beside the content
+THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*(?P<answer>.*)", re.DOTALL)
+OURS = {
+    "tokenize",
+    "tools",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "add_generation_prompt",
+    "conversation",
+    "chat_template",
+}
 NAMED = 20  # how many left-out rows of each reason are named
 FEW = 2000  # conversations that are not worth other processes
 COLUMNS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
@@ -48,6 +59,7 @@ class Chat:
         left_out_names: reason -> the first of them.
         digest: of the conversations that are used.
         stops: whether the last learnt token of every turn ends generation.
+        cut: conversations some of whose reasoning was cut.
     """
 
     train: Dataset
@@ -57,9 +69,26 @@ class Chat:
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
     digest: str = ""
     stops: bool = True
+    cut: int = 0
 
 
-def load_chat(source: str, tokenizer: Any, length: int, validation_share: float, stop_ids: set[int]) -> Chat:
+@dataclass(frozen=True)
+class Reasoning:
+    """What becomes of long reasoning.
+
+    Attributes:
+        tokens: of a turn's reasoning that are long; 0: none are.
+        long: drop leaves the conversation out; cut keeps the first `tokens` of them, before </think> and the answer, which is what a
+            budget for reasoning makes of it when text is generated.
+    """
+
+    tokens: int = 0
+    long: str = "drop"
+
+
+def load_chat(
+    source: str, tokenizer: Any, length: int, validation_share: float, stop_ids: set[int], reasoning: Reasoning = Reasoning()
+) -> Chat:
     """Read and encode conversations, on all cores if there are many. Rows that cannot be used are counted, not fatal.
 
     Args:
@@ -67,6 +96,7 @@ def load_chat(source: str, tokenizer: Any, length: int, validation_share: float,
         tokenizer: with a chat template.
         length: longer conversations are left out, in tokens.
         stop_ids: the tokens that end generation.
+        reasoning: what becomes of long reasoning.
 
     Raises:
         SourceError: nothing is there, nothing can be used, or the tokenizer has no chat template.
@@ -82,7 +112,7 @@ def load_chat(source: str, tokenizer: Any, length: int, validation_share: float,
     learnt: list[int] = []
 
     def use() -> Iterator[Row]:
-        for name, key, encoded, reason in _encoded(_distinct(source), tokenizer):
+        for name, key, encoded, reason, is_cut in _encoded(_distinct(source), tokenizer, reasoning):
             if not reason and max(len(row["input_ids"]) for row in encoded) > length:
                 reason = f"over {length} tokens"
             if reason:
@@ -92,6 +122,7 @@ def load_chat(source: str, tokenizer: Any, length: int, validation_share: float,
                 continue
             digest.update(key)
             chat.conversations += 1
+            chat.cut += is_cut
             for row in encoded:
                 last = next(label for label in reversed(row["labels"]) if label != -100)
                 chat.stops &= last in stop_ids
@@ -141,9 +172,11 @@ def _distinct(source: str) -> Iterator[tuple[str, bytes, Any, str]]:
 
 
 def conversation(row: Any) -> tuple[Any, str]:
-    """(messages and tools) of a row as templates expect them, or (None, why it is no conversation).
+    """(messages, tools and options of the template) of a row as templates expect them, or (None, why it is no conversation).
 
-    Content in parts is joined, and arguments of calls that are JSON text are read: OpenAI's forms of both.
+    Content in parts is joined, and arguments of calls that are JSON text are read: OpenAI's forms of both. Reasoning beside the content
+    stands under both names that there are for it, `reasoning` and `reasoning_content`. Options of the template are
+    `chat_template_kwargs`, as servers call them, and among them `enable_thinking`, which may also stand alone.
     """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
         return None, "no messages"
@@ -161,6 +194,12 @@ def conversation(row: Any) -> tuple[Any, str]:
         if content is not None and not isinstance(content, str):
             return None, "content that is not text"
         messages.append(message | ({"content": content} if "content" in message else {}))
+        thought = next((message[name] for name in REASONING if message.get(name)), None)
+        if thought is not None and (not isinstance(thought, str) or message["role"] != "assistant"):
+            return None, "reasoning that is not the assistant's text"
+        messages[-1] = {name: value for name, value in messages[-1].items() if name not in REASONING}
+        if thought is not None:
+            messages[-1] |= dict.fromkeys(REASONING, thought)
         if calls:
             try:
                 messages[-1]["tool_calls"] = [_call(call) for call in calls]
@@ -173,7 +212,16 @@ def conversation(row: Any) -> tuple[Any, str]:
         tools = (json.loads(tools) if isinstance(tools, str) else tools) or None
     except ValueError:
         return None, "tools that are not JSON"
-    return ((messages, tools), "") if tools is None or isinstance(tools, list) else (None, "tools that are no list")
+    if tools is not None and not isinstance(tools, list):
+        return None, "tools that are no list"
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict) or options.keys() & OURS:
+        return None, "chat_template_kwargs that are no options of a template"
+    if row.get("enable_thinking") is not None:
+        options = options | {"enable_thinking": row["enable_thinking"]}
+    if not isinstance(options.get("enable_thinking", True), bool):
+        return None, "enable_thinking that is neither true nor false"
+    return (messages, tools, options), ""
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -189,10 +237,15 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 # Text and tokens
 
 
-def _encoded(talks: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any) -> Iterator[tuple[str, bytes, list[Row], str]]:
+Encoded = tuple[
+    str, bytes, list[Row], str, bool
+]  # of a conversation: name, hash, rows, why there are none, whether reasoning was cut
+
+
+def _encoded(talks: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any, reasoning: Reasoning) -> Iterator[Encoded]:
     """The same, encoded, in order."""
     few = list(islice(talks, FEW))
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, reasoning)
     yield from map(encoder, few)
     if len(few) < FEW:
         return
@@ -205,35 +258,95 @@ def _encoded(talks: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any) -> It
 class _Encoder:
     """Encodes a conversation; whatever is wrong with it is a reason, and no error."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.untrimmed = tokenizer, without_post_processor(tokenizer)
+    def __init__(self, tokenizer: Any, reasoning: Reasoning):
+        self.tokenizer, self.untrimmed, self.reasoning = tokenizer, without_post_processor(tokenizer), reasoning
+        self.beside = writes_reasoning(tokenizer, beside=True)
+        self.inside = writes_reasoning(tokenizer, beside=False)
 
-    def __call__(self, item: tuple[str, bytes, Any, str]) -> tuple[str, bytes, list[Row], str]:
+    def __call__(self, item: tuple[str, bytes, Any, str]) -> Encoded:
         name, key, talk, reason = item
         rows: list[Row] = []
+        is_cut = False
         if not reason:
             try:
-                messages, tools = talk
-                rows = encode(self.tokenizer, messages, tools, self.untrimmed)
+                messages, tools, options = talk
+                messages, is_cut, reason = self._with_reasoning(messages)
+                rows = [] if reason else encode(self.tokenizer, messages, tools, self.untrimmed, options)
             except Exception as error:  # templates raise what they like
                 said = (str(error).splitlines() or [type(error).__name__])[0]
                 reason = f"the chat template refuses it ({said[:80]})"
         rows = [row for row in rows if any(label != -100 for label in row["labels"])]
         if not reason and not rows:
             reason = "nothing of the assistant's to learn"
-        return name, key, rows, reason
+        return name, key, rows, reason, is_cut
+
+    def _with_reasoning(self, messages: list[dict]) -> tuple[list[dict], bool, str]:
+        """Messages with reasoning where the template reads it, and not too long: these, whether it was cut, and why they are left out."""
+        made, is_cut = [], False
+        for message in messages:
+            thought, content, found = message.get(REASONING[0]), message.get("content") or "", None
+            if message["role"] == "assistant" and thought is None:
+                found = THOUGHT.match(content)
+            if found:
+                thought, content = found["thought"].strip("\n"), found["answer"]
+            if thought is None:
+                made.append(message)
+                continue
+            if not self.beside and not self.inside:
+                return [], False, "reasoning, which the chat template does not write"
+            short = self._cut(thought)
+            if short != thought and self.reasoning.long == "drop":
+                return [], False, f"reasoning over {self.reasoning.tokens} tokens"
+            is_cut |= short != thought
+            if found and short == thought and self.inside:
+                made.append(message)  # as it was written
+            elif self.beside and not (found and self.inside):
+                made.append(message | dict.fromkeys(REASONING, short) | {"content": content})
+            else:
+                plain = {name: value for name, value in message.items() if name not in REASONING}
+                made.append(plain | {"content": f"<think>\n{short}\n</think>\n\n{content}"})
+        return made, is_cut, ""
+
+    def _cut(self, thought: str) -> str:
+        """The first tokens of reasoning, as many as may be."""
+        if (
+            not self.reasoning.tokens or len(thought.encode("utf-8", "replace")) <= self.reasoning.tokens
+        ):  # a token has a byte at least
+            return thought
+        places = self.untrimmed(thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return thought if len(places) <= self.reasoning.tokens else thought[: places[self.reasoning.tokens - 1][1]]
 
 
-def encode(tokenizer: Any, messages: list[dict], tools: list | None = None, untrimmed: Any = None) -> list[Row]:
+def writes_reasoning(tokenizer: Any, beside: bool) -> bool:
+    """Whether a tokenizer's template writes the reasoning of its last turn, beside the content or inside of it."""
+    thought, asked = "Let me see.", {"role": "user", "content": "?"}
+    answer = (
+        {"content": "!"} | dict.fromkeys(REASONING, thought) if beside else {"content": f"<think>\n{thought}\n</think>\n\n!"}
+    )
+    try:
+        text = tokenizer.apply_chat_template([asked, {"role": "assistant"} | answer], tokenize=False)
+    except Exception:  # templates raise what they like; of a conversation it is told
+        return False
+    return thought in text
+
+
+def encode(
+    tokenizer: Any,
+    messages: list[dict],
+    tools: list | None = None,
+    untrimmed: Any = None,
+    template_options: dict[str, Any] | None = None,
+) -> list[Row]:
     """A conversation as rows of input_ids and labels: one row, or several if the template writes earlier turns otherwise.
 
     Args:
         untrimmed: `without_post_processor(tokenizer)`, if it is at hand.
+        template_options: further variables of the template, such as enable_thinking.
     """
-    options = {"tools": tools, "tokenize": False}
-    if GENERATION.search(_template(tokenizer, tools)):
+    options = (template_options or {}) | {"tools": tools, "tokenize": False}
+    if GENERATION.search(_template(tokenizer, tools)) and not _forgets(tokenizer, messages, options):
         done = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, **(options | {"tokenize": True}), return_dict=True, return_assistant_tokens_mask=True
         )
         ids, mask = list(done["input_ids"]), done["assistant_masks"]
         return [{"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask)]}]
@@ -265,6 +378,16 @@ def encode(tokenizer: Any, messages: list[dict], tools: list | None = None, untr
         ]
         rows.append({"input_ids": list(encoded["input_ids"]), "labels": labels})
     return rows[::-1]
+
+
+def _forgets(tokenizer: Any, messages: list[dict], options: dict[str, Any]) -> bool:
+    """Whether reasoning of an earlier turn is not in the text of the whole conversation."""
+    thoughts = [message[REASONING[0]] for message in messages if message.get(REASONING[0])]
+    thoughts += [found["thought"] for message in messages if (found := THOUGHT.match(message.get("content") or ""))]
+    if not thoughts:
+        return False
+    text = tokenizer.apply_chat_template(messages, **options)
+    return not all(thought.strip() in text for thought in thoughts)
 
 
 def _header(tokenizer: Any, options: dict[str, Any]) -> str:

@@ -35,7 +35,12 @@ def pack(documents: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of a packed data set as a batch: input_ids, position_ids and labels, int64 [B, T]."""
+    """Rows of a packed data set as a batch: input_ids, position_ids and labels, int64 [B, T]. Rows without labels of their own are text: every
+    token but the first of a piece is one."""
     ids = torch.from_numpy(np.stack([np.asarray(row["input_ids"]) for row in rows])).long()
     positions = torch.from_numpy(np.stack([np.asarray(row["position_ids"]) for row in rows])).long()
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+    if "labels" in rows[0]:
+        labels = torch.from_numpy(np.stack([np.asarray(row["labels"]) for row in rows])).long()
+    else:
+        labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}

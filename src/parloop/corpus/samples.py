@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import SourceError
 from . import sources
 from .corpus import CorpusSettings, is_validation
+from .tasks import HELD_OUT, Encoder, Task, is_task, task_of
+from .tasks.encode import IGNORED
 from .tokenizer import text_ids
 
 MIN_TOKENS = 16  # a shorter rest of a document is no sample
@@ -24,10 +27,12 @@ Document = tuple[str, str]  # name and text
 
 @dataclass
 class Sample:
-    """One row: `ids`, with <bos> where the document begins, and `name`, which tokens of which document they are."""
+    """One row: `ids`, with <bos> where the document begins, and `name`, which tokens of which document they are; of a task `labels`, what
+    must be said at the token before, and -100 where nothing is asked."""
 
     name: str
     ids: list[int]
+    labels: list[int] | None = None
 
 
 def documents_of(settings: CorpusSettings, samples: int, held_out: bool) -> Iterator[Document]:
@@ -97,14 +102,31 @@ def draw_samples(documents: Iterable[Document], tokenizer: Any, length: int, sam
 
 
 def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: int, held_out: bool) -> list[Sample]:
-    """At most `samples` rows of the documents of a source.
+    """At most `samples` rows of the documents of a source; of a task, whose documents never end, the beginnings of held-out ones.
 
     Raises:
-        sources.SourceError: the source cannot be read, or has no document that is long enough.
+        sources.SourceError: the source cannot be read, or has no document that is long enough; the tokenizer cannot spell the task.
     """
+    if is_task(settings.source):
+        return _of_task(task_of(settings.source), tokenizer, length, samples)
     rows = draw_samples(documents_of(settings, samples, held_out), tokenizer, length, samples)
     if not rows:
         raise no_samples(settings, held_out)
+    return rows
+
+
+def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Sample]:
+    """The beginnings of held-out documents."""
+    encode, rows = Encoder(task, tokenizer), []
+    for number in range(samples):
+        document = encode(task.document(number, HELD_OUT))
+        ids, labels = document.input_ids[:length].tolist(), document.labels[:length].tolist()
+        if all(label == IGNORED for label in labels):
+            first = int(np.flatnonzero(document.labels != IGNORED)[0]) + 1
+            raise SourceError(
+                f"{task.source!r} asks nothing in the first length={length} tokens of a document: use at least {first}."
+            )
+        rows.append(Sample(f"{task.source} {number} [0:{len(ids)}]", ids, labels))
     return rows
 
 
@@ -122,7 +144,7 @@ def _digest(text: str) -> bytes:
 
 
 def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Rows in batches of input_ids and attention_mask [B, T], padded on the right; rows of similar length together, so the
+    """Rows in batches of input_ids and attention_mask [B, T], and labels if they have some, padded on the right; rows of similar length together, so the
     order changes."""
     batches = []
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -131,4 +153,7 @@ def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         batches.append({"input_ids": padded, "attention_mask": real})
+        labels = [torch.tensor(row.labels) for row in ordered[start : start + batch_size] if row.labels is not None]
+        if labels:
+            batches[-1]["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     return batches

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import SourceError
 from ..record import printable
+from .tasks import PREFIX
 
 Item = tuple[str, str | None, str]  # name, text or None, why there is no text
 
@@ -43,6 +44,10 @@ def files_of(source: str) -> list[Path]:
         paths = sysconfig.get_paths()
         folders = [paths["stdlib"]] if source == STDLIB else [paths["stdlib"], paths["purelib"], paths["platlib"]]
         return [path for folder in dict.fromkeys(folders) for path in _walk(Path(folder))]
+    if source.startswith(PREFIX):
+        raise SourceError(
+            f"source {source!r} is a task, whose documents are made and not read: train, study, diagnose and eval held_out take it, alone."
+        )
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _walk(path)

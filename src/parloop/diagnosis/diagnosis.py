@@ -150,7 +150,8 @@ def diagnose(
 
     Args:
         batches: dictionaries with input_ids [B, T], and for padded rows attention_mask [B, T], for packed rows position_ids
-            [B, T] that restart with every document. A row is a sample. Memory does not grow with the number of batches.
+            [B, T] that restart with every document. Where they have labels [B, T], as transformers' models take them, losses and ranks are
+            those of the tokens with a label. A row is a sample. Memory does not grow with the number of batches.
         num_loops: R; default: the configuration's.
         center_rank: take the effective rank of centred states.
         on_batch: called after each batch with its number of samples.
@@ -200,6 +201,7 @@ def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -
     follows = (real[:, 1:] & real[:, :-1]) & (document[:, 1:] == document[:, :-1])  # [B, T-1]: is t + 1 the successor of t?
     if not bool(follows.any(-1).all()):
         raise DiagnosisError("a sample has no two neighbouring tokens of one text: use longer texts, or leave it out.")
+    said, asked = _targets(ids_BT, batch.get("labels"), follows)
 
     with AttentionLenses(model.model, R, real, document) as attention, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="num_loops=")  # loop R + 1 is looked at because it is untrained
@@ -227,7 +229,7 @@ def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -
         for r in range(LENSES[name].first_loop, R + 1):
             keep(name, r, sums[r - 1].sum(0) / (tokens * L))
 
-    outputs = _output_lenses(model.lm_head, states[1:], ids_BT, real, follows, dtype)
+    outputs = _output_lenses(model.lm_head, states[1:], said, real, asked, dtype)
     for name in ("output_entropy", "output_shift", "token_rank", "loss"):
         for r in range(LENSES[name].first_loop, R + 1):
             keep(name, r, outputs[name][r - 1])
@@ -275,13 +277,26 @@ def _tokens_and_documents(config: PLTConfig, inputs: dict[str, torch.Tensor]) ->
     return real, (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
 
-def _output_lenses(head, states, ids_BT, real, follows, dtype) -> dict[str, Any]:
+def _targets(ids_BT: torch.Tensor, labels: torch.Tensor | None, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What must be predicted at every token but the last, [B, T-1], and where that counts: the next token, unless labels say."""
+    if labels is None:
+        return ids_BT[:, 1:], follows
+    said = labels.to(ids_BT.device)[:, 1:]
+    asked = follows & (said >= 0)
+    if not bool(asked.any(-1).all()):
+        raise DiagnosisError(
+            "a sample has labels, but none of a token that follows another one: use longer texts, or leave it out."
+        )
+    return said.clamp(min=0), asked
+
+
+def _output_lenses(head, states, said, real, asked, dtype) -> dict[str, Any]:
     """Lenses of p_1 .. p_{R+1}: name -> for every loop a value per sample [B] (shares of tokens: [B, R-1])."""
-    R, (B, T) = len(states) - 1, ids_BT.shape
+    R, (B, T) = len(states) - 1, real.shape
     names = ("output_entropy", "output_shift", "loss")
-    sums = {name: ids_BT.new_zeros(R + 1, B, dtype=torch.float64) for name in names}
-    decides = ids_BT.new_zeros(B, max(R - 1, 1), dtype=torch.float64)
-    ranks = ids_BT.new_zeros(R, B, T - 1)
+    sums = {name: said.new_zeros(R + 1, B, dtype=torch.float64) for name in names}
+    decides = said.new_zeros(B, max(R - 1, 1), dtype=torch.float64)
+    ranks = said.new_zeros(R, B, T - 1)
     block = max(1, LOGIT_BYTES // (B * head.out_features * 4))
     for start in range(0, T, block):
         rows = slice(start, min(start + block, T))
@@ -291,9 +306,9 @@ def _output_lenses(head, states, ids_BT, real, follows, dtype) -> dict[str, Any]
         for r, state in enumerate(states):
             log_p = head(state[:, rows]).to(dtype).log_softmax(-1)  # [B, block, V]
             if n > 0:
-                token = ids_BT[:, targets.start + 1 : targets.stop + 1]
+                token = said[:, targets]
                 nll_Bt = -log_p[:, :n].gather(-1, token[..., None])[..., 0]
-                sums["loss"][r] += (nll_Bt * follows[:, targets]).sum(-1)
+                sums["loss"][r] += (nll_Bt * asked[:, targets]).sum(-1)
                 if r < R:
                     ranks[r, :, targets] = token_rank(log_p[:, :n], token)
             if r < R:
@@ -306,8 +321,8 @@ def _output_lenses(head, states, ids_BT, real, follows, dtype) -> dict[str, Any]
             largest_Bt = torch.stack(shift_RBt).argmax(0)
             for i in range(R - 1):
                 decides[:, i] += ((largest_Bt == i) & real[:, rows]).sum(-1)
-    tokens, predicted = real.sum(-1), follows.sum(-1)
-    medians = [[_median(ranks[r, b][follows[b]]) for b in range(B)] for r in range(R)]
+    tokens, predicted = real.sum(-1), asked.sum(-1)
+    medians = [[_median(ranks[r, b][asked[b]]) for b in range(B)] for r in range(R)]
     return {
         "output_entropy": list(sums["output_entropy"] / tokens),
         "output_shift": list(sums["output_shift"] / tokens),

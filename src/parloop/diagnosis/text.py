@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..corpus import sources
 from ..corpus.corpus import CorpusSettings
+from ..corpus.tasks import is_task, task_of
 from ..errors import SourceError
 from ..train.recipe import ChatRecipe, Recipe, load_recipe
 
@@ -59,6 +60,8 @@ def choose_text(checkpoint: str | Path, data: str | None = None, extensions: lis
     if extensions:
         settings = dataclasses.replace(settings, extensions=tuple(extensions))
 
+    if is_task(settings.source):
+        return Text(settings, True, _told_of_task(settings.source, history, unknown), recipe, recipe_file)
     gone: list[str] = []
     named = [own] if own else []
     for file, part in parts:
@@ -106,6 +109,8 @@ def _resolved(source: str) -> str:
         return source
     if source.startswith(sources.HUB):
         return source if "@" in source else f"{source}@train"
+    if is_task(source):
+        return task_of(source).source
     return os.path.realpath(os.path.expanduser(source))
 
 
@@ -117,7 +122,7 @@ def _share_files(one: CorpusSettings, other: CorpusSettings, gone: list[str], fi
     """Whether two sources have documents of the same files. Notes what is not there any more."""
     if same_source(one.source, other.source):
         return True
-    if one.source.startswith(sources.HUB) or other.source.startswith(sources.HUB):
+    if any(part.source.startswith(sources.HUB) or is_task(part.source) for part in (one, other)):
         return False
     try:
         trained = {os.path.realpath(path) for path in sources.files_read(other)}
@@ -125,6 +130,23 @@ def _share_files(one: CorpusSettings, other: CorpusSettings, gone: list[str], fi
         gone.append(f"{other.source}, which {file} names, is not there any more")
         return False
     return any(os.path.realpath(path) in trained for path in sources.files_read(one))
+
+
+def _told_of_task(source: str, history: list[tuple[Path, Recipe | ChatRecipe]], unknown: str | None) -> str:
+    """Say whether held-out documents of a task may have been trained on: with other options, others are held out."""
+    task = task_of(source)
+    doubts = [
+        f"{file} names it with other options, {past.source}, and then other documents are held out"
+        for file, past in history
+        if isinstance(past, Recipe) and is_task(past.source)
+        for trained in [task_of(past.source)]
+        if trained.name == task.name and trained.content_options != task.content_options
+    ]
+    if not history:
+        doubts.append("no recipe.yaml says what the model was trained on")
+    elif unknown is not None:
+        doubts.append(f"it was made from {unknown}, of which no recipe.yaml says what it was trained on")
+    return f"may be: {'; '.join(doubts)}" if doubts else "no: held-out documents of a task are in no training on it"
 
 
 def _told(

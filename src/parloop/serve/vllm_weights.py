@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..model.configuration import GATE, GATE_ALIASES, PLTConfig
+from ..model.configuration import GATE, PLTConfig, released_name
 
 COMPUTED = "rotary_emb.inv_freq"  # old Llama files keep it
 HEAD = "lm_head.weight"
@@ -54,9 +54,7 @@ def checked(
     is_what = "The checkpoint is not what its config.json says:"
     shapes, seen = shapes_of(config), set()
     for given, tensor in weights:
-        name = given
-        for alias in GATE_ALIASES:
-            name = name.replace(f".{alias}.", f".{GATE}.")
+        name = released_name(given)
         gate, tied_head = f".{GATE}." in name, name == HEAD and config.tie_word_embeddings
         if COMPUTED in name or tied_head or (gate and config.plt_num_loops == 1):
             yield given, tensor

@@ -26,9 +26,24 @@ class Arm:
 
     A further field is one more column in every table once two arms differ in it, one more part of labels and folders, and a part of
     `arm` in results.json; figures draw a line for all arms that differ in their loop count only.
+
+    Controls have one loop, and what more loops cost spent otherwise: `layers` times the layers, each with weights of its own, or as many
+    training tokens as the compute of `compute_of` loops buys.
     """
 
     loops: int = _differs("R", "R = {}", "r{}")
+    layers: int = _differs("layers", "{} times the layers", "x{}", default=1)
+    compute_of: int = _differs("compute of R", "the training compute of R = {}", "c{}", default=0)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to be compared with, and not to be chosen."""
+        return self.layers > 1 or self.compute_of > 0
+
+    @property
+    def place(self) -> int:
+        """Where it stands in figures against the loop count: a control stands with the loop count that it is the control of."""
+        return self.compute_of or self.loops * self.layers
 
     @property
     def label(self) -> str:
@@ -43,11 +58,14 @@ class Arm:
     @property
     def line(self) -> str:
         """What a line of a figure is called, which has a point for each loop count; empty if it is the only one."""
+        if self.is_control:
+            return "R times the layers instead" if self.layers > 1 else "one loop, as much training compute"
         return ", ".join(self._parts("label")[1:])
 
     def recipe(self, recipe: Recipe, **changes: Any) -> Recipe:
         """Return the protocol's recipe for this arm, and with further changes."""
-        return dataclasses.replace(recipe, **dataclasses.asdict(self), **changes)
+        layers = recipe.num_hidden_layers * self.layers
+        return dataclasses.replace(recipe, loops=self.loops, num_hidden_layers=layers, **changes)
 
     def _parts(self, kind: str) -> list[str]:
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
@@ -67,6 +85,6 @@ def columns(arms: Sequence[Arm]) -> dict[str, list[str]]:
 def lines(arms: Sequence[Arm]) -> dict[str, list[int]]:
     """Return what figures draw a line for: its name -> places of the arms in it, by loop count."""
     found: dict[str, list[int]] = {}
-    for place, arm in sorted(enumerate(arms), key=lambda entry: entry[1].loops):
+    for place, arm in sorted(enumerate(arms), key=lambda entry: entry[1].place):
         found.setdefault(arm.line, []).append(place)
     return found

@@ -15,7 +15,7 @@ def _lines(result: StudyResult) -> dict[str, list[Row]]:
 
 
 def _counts(rows: list[Row]) -> list[int]:
-    return [row.arm.loops for row in rows]
+    return [row.arm.place for row in rows]
 
 
 @styled()
@@ -63,10 +63,10 @@ def loss_against_loops(result: StudyResult) -> Figure:
                 label = None if r in shown else f"read out after loop {r}"
                 shown.add(r)
                 point = {"color": look(r)["color"], "marker": look(r + 1)["marker"], "linestyle": "", "label": label}
-                top.plot(row.arm.loops, value, **point)
-    top.set_ylabel("held-out loss (bits per byte)")
+                top.plot(row.arm.place, value, **point)
+    top.set_ylabel(f"held-out loss ({result.unit})")
     legend_of(figure, top, ncols=2)
-    bottom.set_ylabel(f"paired difference\nto {result.row(result.base).arm.label} (bits per byte)")
+    bottom.set_ylabel(f"paired difference\nto {result.row(result.base).arm.label} ({result.unit})")
     bottom.set_xlabel("loop count R")
     bottom.set_xticks(sorted(set(_counts(result.rows))))
     return figure
@@ -90,7 +90,8 @@ COSTS = {
 @styled()
 def cost_against_loops(result: StudyResult) -> Figure:
     """Costs relative to the base's, a panel for each line of arms."""
-    base, by_line = result.row(result.base), _lines(result)
+    base = result.row(result.base)
+    by_line = {name: rows for name, rows in _lines(result).items() if not rows[0].arm.is_control}
     figure, grid = panels(1, len(by_line), (max(6.4, 4.0 * len(by_line)), 4.4), sharey=True)
     for axes, (name, rows) in zip(np.atleast_1d(grid).flat, by_line.items()):
         for i, (label, cost) in enumerate(COSTS.items()):
@@ -103,4 +104,31 @@ def cost_against_loops(result: StudyResult) -> Figure:
     first = np.atleast_1d(grid).flat[0]
     first.set_ylabel(f"cost over that of {base.arm.label} (ratio)")
     legend_of(figure, first, ncols=2)
+    return figure
+
+
+@styled()
+def answers_by_group(result: StudyResult) -> Figure:
+    """Share of answers that are right, by length, hops or level, with intervals and chance; a panel for each line of arms."""
+    by_line = _lines(result)
+    figure, grid = panels(1, len(by_line), (max(6.4, 4.4 * len(by_line)), 4.4), sharey=True)
+    for axes, (name, rows) in zip(np.atleast_1d(grid).flat, by_line.items()):
+        groups = [group.group for group in rows[0].answers]
+        for row in rows:
+            middle, low, high = np.array([group.correct for group in row.answers]).T
+            style = look(row.arm.place)
+            axes.plot(range(len(groups)), middle, label=row.arm.label, markersize=4, **style)
+            axes.fill_between(range(len(groups)), low, high, color=style["color"], alpha=0.15, linewidth=0)
+        chance = [group.chance for group in rows[0].answers]
+        axes.plot(range(len(groups)), chance, color="black", linestyle=":", linewidth=1, label="chance")
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel(result.group_unit)
+        axes.set_title(name, fontsize=10)
+        if len(by_line) > 1:
+            axes.legend(fontsize=8)
+    first = np.atleast_1d(grid).flat[0]
+    first.set_ylabel("answers that are right (share)")
+    if len(by_line) == 1:
+        legend_of(figure, first)
     return figure

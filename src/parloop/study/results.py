@@ -1,6 +1,6 @@
 """What a study returns, and how it is shown on a terminal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ from ..result import Result, not_kept
 from ..statistics import Interval
 from ..timing import Spread
 from .arms import Arm, columns
+from .task import Answers, solved_up_to
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Row:
     Attributes:
         arm: what its models have that others have not.
         parameters: of one model.
-        bits_per_byte: held-out loss after the last loop.
+        bits_per_byte: held-out loss after the last loop; of a task, bits per answer of the trained lengths, worked steps counted too.
         difference_to_base: its loss minus the base's on the same documents and seeds; likewise to the best's.
         bits_per_byte_after_loop: loss of every loop's state through the head, [R].
         loss_nats_per_token: the loss in another unit.
@@ -58,6 +59,7 @@ class Row:
         loss_curves: of each run, pairs of step and training loss in nats per token.
         validation_curves: of each run, pairs of step and validation loss in nats per token.
         diagnosis: path of the first seed's diagnosis in the study's folder.
+        answers: of a task, how many are right, group by group; empty for text.
     """
 
     arm: Arm
@@ -77,6 +79,7 @@ class Row:
     loss_curves: list[list[list[float]]]
     validation_curves: list[list[list[float]]]
     diagnosis: str
+    answers: list[Answers] = field(default_factory=list)
 
     @property
     def training_flops_per_token(self) -> float:
@@ -107,7 +110,7 @@ class StudyResult(Result):
         rule: how it is found.
         match: tokens or compute.
         seeds: trainings of each arm.
-        documents, document_bytes: held-out text that the losses are of.
+        documents, document_bytes: held-out text that the losses are of; of a task instances, and what is asked for.
         recipe: the protocol; its loops, tokens and seed are the study's.
         corpus: where the text comes from, and how much there is.
         command: the command that made it.
@@ -133,6 +136,16 @@ class StudyResult(Result):
     environment: dict[str, Any]
     folder: Path | None = not_kept(default=None)
 
+    @property
+    def unit(self) -> str:
+        """Of the losses."""
+        return "bits per answer" if self.rows[0].answers else "bits per byte"
+
+    @property
+    def group_unit(self) -> str:
+        """What a task's groups are numbers of: length, hops or level."""
+        return str(self.corpus.get("unit", ""))
+
     def row(self, name: str) -> Row:
         """Return the row of an arm. Raises KeyError: there is none of that name."""
         return {row.arm.name: row for row in self.rows}[name]
@@ -141,7 +154,7 @@ class StudyResult(Result):
         from rich.text import Text
 
         verdict = Text.assemble("\n", (self.verdict.headline, "bold"), f" {self.verdict.evidence}\n")
-        return [self._gives(), self._costs(), verdict]
+        return [self._gives(), *([self._answers()] if self.rows[0].answers else []), self._costs(), verdict]
 
     def _table(self, title: str, further: dict[str, list[str]]) -> Any:
         """Return a table: what tells the arms apart, then the given columns. The chosen arm is bold."""
@@ -163,7 +176,16 @@ class StudyResult(Result):
             "read out after each loop": [", ".join(f"{bits:.2f}" for bits in row.bits_per_byte_after_loop) for row in rows],
             "next\ntoken": [f"{100 * row.next_token_accuracy:.1f}%" for row in rows],
         }
-        return self._table("what each loop count gives: held-out loss in bits per byte, with 95% intervals", cells)
+        return self._table(f"what each loop count gives: held-out loss in {self.unit}, with 95% intervals", cells)
+
+    def _answers(self) -> Any:
+        cells = {
+            f"{self.group_unit}\n{group.group}": [f"{100 * row.answers[i].correct.value:.0f}%" for row in self.rows]
+            for i, group in enumerate(self.rows[0].answers)
+        }
+        cells["solved\nup to"] = [str(solved_up_to(row.answers) or "none") for row in self.rows]
+        chances = ", ".join(f"{100 * group.chance:.0f}%" for group in self.rows[0].answers)
+        return self._table(f"answers that are right (chance {chances})", cells)
 
     def _costs(self) -> Any:
         cells = {

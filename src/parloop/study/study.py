@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..corpus import load_corpus
+from ..corpus import Corpus, load_corpus
+from ..corpus.tasks import is_task
 from ..errors import RecipeError, SourceError
 from ..folder import STUDY, claimed
 from ..record import command_line
@@ -23,8 +24,10 @@ from .report import write_report
 from .results import StudyResult
 from .runs import plan, train_all
 from .summary import summarize
+from .task import TaskCorpus
 
 MATCHES = ("tokens", "compute")
+CONTROLS = ("deep", "compute")
 
 
 def run_study(
@@ -34,6 +37,7 @@ def run_study(
     loops: list[int] | None = None,
     seeds: int = 1,
     match: str = "tokens",
+    controls: list[str] | None = None,
     changes: dict[str, Any] | None = None,
     document_chars: int = 3000,
     console: Console | None = None,
@@ -48,6 +52,8 @@ def run_study(
         loops: the loop counts to compare; default 1, 2, 3, 4.
         seeds: trainings per loop count.
         match: "tokens" or "compute".
+        controls: models of one loop beside every loop count above 1: "deep" has as many times the layers, each with weights of its own,
+            "compute" trains on as many more tokens as the loops' training compute buys.
         changes: fields of a recipe that is named, and their values.
         document_chars: characters of each validation document that are evaluated.
         command: what the report says the study was started with.
@@ -68,13 +74,24 @@ def run_study(
         raise RecipeError(f"loops {counts} and seeds {seeds} must be at least 1.")
     if match not in MATCHES:
         raise RecipeError(f"match={match!r} is unknown: use one of {', '.join(MATCHES)}.")
+    for control in controls or []:
+        if control not in CONTROLS:
+            raise RecipeError(f"control={control!r} is unknown: use {' or '.join(CONTROLS)}, or both.")
     if document_chars < 0:
         raise RecipeError(f"document_chars={document_chars} must be at least 0; 0 takes documents whole.")
     arms = [Arm(loops=n) for n in counts]
+    if "deep" in (controls or []):
+        arms += [Arm(loops=1, layers=n) for n in counts if n > 1]
+    if "compute" in (controls or []):
+        arms += [Arm(loops=1, compute_of=n) for n in counts if n > 1]
     folder = output or default_folder(name, match, recipe.source if name is None else changes.get("source"))
     with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one goes on") as out:
         try:
-            corpus = load_corpus(recipe.corpus_settings(), console=console)
+            corpus: Corpus | TaskCorpus
+            if is_task(recipe.source):
+                corpus = TaskCorpus.of(recipe)
+            else:
+                corpus = load_corpus(recipe.corpus_settings(), console=console)
         except SourceError as error:
             if name is None or "source" in changes:
                 raise

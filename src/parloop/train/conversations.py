@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ..checkpoints import load_part
 from ..corpus import sources
-from ..corpus.chat import Chat, load_chat
+from ..corpus.chat import Chat, Reasoning, load_chat
 from ..errors import RecipeError
 from ..model.configuration import PLTConfig
 from ..record import write_json
@@ -36,7 +36,8 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
     if kept is not None and kept["fingerprint"] == known:
         return
     datasets.disable_progress_bars()
-    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids)
+    reasoning = Reasoning(recipe.max_reasoning_tokens, recipe.long_reasoning)
+    chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids, reasoning)
     _tell(chat, console)
     begun = output / TRAINED_ON
     if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["digest"] != chat.digest:
@@ -53,6 +54,7 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         "digest": chat.digest,
         "conversations": chat.conversations,
         "left_out": dict(chat.left_out),
+        "cut": chat.cut,
     }
     write_json(folder / SUMMARY, summary)
 
@@ -111,6 +113,8 @@ def _tell(chat: Chat, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if chat.cut:
+        console.print(f"Reasoning was cut in {chat.cut:,} of them.", highlight=False, markup=False)
     if not chat.stops:
         console.print(
             "The last token that is learnt of some turns does not end generation: the model may not learn to stop. Add it to "

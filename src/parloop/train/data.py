@@ -1,4 +1,4 @@
-"""The text that a recipe trains on: rows of a prepared corpus, or a mixture that is streamed."""
+"""What a recipe trains on: rows of a prepared corpus, a mixture that is streamed, or a task whose documents are made on the fly."""
 
 import dataclasses
 import shutil
@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ..checkpoints import load_part
 from ..corpus import Corpus, Mixture, Part, StreamLoader, load_corpus, pack, train_tokenizer
+from ..corpus.tasks import HELD_OUT, TaskRows, digest_of, is_task, task_of
 from ..corpus.tokenizer import document_ids
 from ..errors import RecipeError
 from ..folder import OutputFolder
@@ -21,7 +22,7 @@ TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
 
 
 class TextData:
-    """The rows of a run: those of a prepared corpus, or of a mixture that is streamed.
+    """The rows of a run: those of a prepared corpus, of a mixture that is streamed, or of a task.
 
     Attributes:
         tokenizer, validation, digest.
@@ -36,14 +37,29 @@ class TextData:
         if recipe.mixture:
             self._open_mixture(run, settings)
             return
+        if is_task(recipe.source):
+            self._open_task(run, settings)
+            return
         if corpus is None:
             with first_process_first(run.state):
                 corpus = load_corpus(settings.corpus_settings(), console=run.console)
             same_text(corpus.summary, run.output)
         self.stream: StreamLoader | None = None
         self.tokenizer, self.digest = corpus.tokenizer, corpus.summary["digest"]
-        self.rows = whole_batches(corpus, recipe)
-        self.validation = validation_rows(corpus.validation["text"], corpus.tokenizer, recipe) if recipe.eval_every else None
+        self.rows: Any = whole_batches(corpus, recipe)
+        self.validation: Any = (
+            validation_rows(corpus.validation["text"], corpus.tokenizer, recipe) if recipe.eval_every else None
+        )
+
+    def _open_task(self, run: Run, recipe: Recipe) -> None:
+        task = task_of(recipe.source)
+        self.stream, self.digest = None, digest_of(task)
+        same_text({"source": recipe.source, "digest": self.digest}, run.output)
+        self.tokenizer = task.tokenizer() if recipe.tokenizer is None else _given_tokenizer(recipe.tokenizer)
+        self.rows = TaskRows(task, self.tokenizer, recipe.length, recipe.steps * recipe.batch_size, seed=recipe.seed)
+        self.validation = None
+        if recipe.eval_every:
+            self.validation = TaskRows(task, self.tokenizer, recipe.length * task.longer, recipe.eval_rows, HELD_OUT)
 
     def _open_mixture(self, run: Run, recipe: Recipe) -> None:
         # Its digest and places have paths as they were spelt when the run began.
@@ -67,11 +83,7 @@ class TextData:
         if has_begun(out.path):
             return
         if recipe.tokenizer is not None:
-            tokenizer = load_part(AutoTokenizer, recipe.tokenizer, "tokenizer (tokenizer.json)")
-            if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-                raise RecipeError(
-                    f"tokenizer {recipe.tokenizer!r} has no bos_token or no eos_token; both mark document borders."
-                )
+            tokenizer = _given_tokenizer(recipe.tokenizer)
         else:
             tokenizer = train_tokenizer(mixture.sample_texts(recipe.max_bytes or TOKENIZER_BYTES), recipe.vocab_size)
         save_tokenizer(tokenizer, out)
@@ -85,6 +97,13 @@ class TextData:
             shutil.rmtree(out.path / "validation", ignore_errors=True)
             disable_progress_bars()
             rows.save_to_disk(str(out.path / "validation"))
+
+
+def _given_tokenizer(name: str) -> Any:
+    tokenizer = load_part(AutoTokenizer, name, "tokenizer (tokenizer.json)")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise RecipeError(f"tokenizer {name!r} has no bos_token or no eos_token; both mark document borders.")
+    return tokenizer
 
 
 def mixture_of(recipe: Recipe) -> Mixture:

@@ -23,7 +23,7 @@ class Evaluation:
         nll: [documents, R] negative log-likelihood in nats, of each loop's state read out through the head.
         correct: [documents] tokens that the last loop ranks first.
         tokens: [documents] predicted tokens.
-        bytes: [documents] bytes of text.
+        bytes: [documents] bytes of text; of a task, what is asked for.
     """
 
     nll: np.ndarray

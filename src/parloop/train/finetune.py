@@ -125,6 +125,7 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
         rows=len(train_rows),
         tokens=steps * recipe.batch_size * recipe.length,
         left_out=summary["left_out"],
+        reasoning_cut=summary.get("cut", 0),
         processes=state.num_processes,
         parameters=parameters - trained if recipe.lora_rank else parameters,  # adapters are merged into the others
         trained_parameters=trained,

@@ -1,9 +1,15 @@
-"""Training on text."""
+"""Training on text, or on a task."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from transformers import TrainingArguments
 
+from ..checkpoints import load_model
 from ..corpus import Corpus, collate
 from ..corpus.stream import what_was_read
+from ..corpus.tasks import is_task, task_of
 from ..folder import check_room
 from .build import build_model
 from .callbacks import HiddenScaleWarmup
@@ -13,6 +19,7 @@ from .fit import curves, fit
 from .recipe import Recipe
 from .result import TrainingResult
 from .run import Run, bytes_to_come, save_tokenizer
+from .task_accuracy import task_accuracy
 from .trainer import PLTTrainer, training_arguments
 
 
@@ -56,11 +63,23 @@ def pretrain(run: Run, recipe: Recipe, corpus: Corpus | None = None) -> Training
     if data.stream is not None:
         data.stream.save(run.output)
         run.state.wait_for_everyone()
+    answers = None
+    if run.out is not None and is_task(recipe.source):
+        answers = _answers(recipe, run.output, data.tokenizer)
     return TrainingResult(
         steps=recipe.steps,
         tokens=recipe.steps * recipe.batch_size * recipe.length,
         processes=run.state.num_processes,
         parameters=sum(p.numel() for p in model.parameters()),
         data=what_was_read(run.output) if data.stream is not None and run.out is not None else None,
+        answers=answers,
         **curves(trainer, recipe.batch_size * recipe.length),
     )
+
+
+def _answers(recipe: Recipe, output: Path, tokenizer: Any) -> dict[str, Any]:
+    """Ask the finished model held-out questions of its task; the outcomes are kept beside it, question by question."""
+    outcomes = task_accuracy(load_model(output, recipe.device), task_of(recipe.source), tokenizer=tokenizer)
+    kept: dict[str, Any] = outcomes.arrays()
+    np.savez_compressed(output / f"evaluation-{len(outcomes.correct)}.npz", **kept)
+    return outcomes.summary()

@@ -23,6 +23,7 @@ from yaml.reader import ReaderError
 
 from ..corpus import CorpusSettings
 from ..corpus.sources import HUB, INSTALLED, STDLIB
+from ..corpus.tasks import is_task, task_of
 from ..errors import RecipeError
 from ..model.configuration import ARCHITECTURE, PLTConfig
 
@@ -135,7 +136,9 @@ class Recipe(RunSettings):
 
     # The corpus
     source: str = _(
-        "stdlib", "stdlib, installed (packages too), a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME"
+        "stdlib",
+        "stdlib, installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task: task:parity, task:s5, task:hops, "
+        "task:run, with options behind commas",
     )
     mixture: list[dict] = _(
         [],
@@ -144,7 +147,9 @@ class Recipe(RunSettings):
     )
     extensions: list[str] = _([".py"], "endings of the files to read in a folder; empty: all text files")
     text_column: str = _("text", "column with the text, for tables and Hub data sets")
-    tokenizer: str | None = _(None, "folder or Hub name of an existing tokenizer; default: train one")
+    tokenizer: str | None = _(
+        None, "folder or Hub name of an existing tokenizer; default: train one; of a task, one token for each of its symbols"
+    )
     vocab_size: int = _(512, "size of the tokenizer to train, in tokens; of the embedding at least, if a tokenizer is given")
     length: int = _(128, "T, tokens per row")
     validation_share: float = _(0.05, "share of the documents kept for validation")
@@ -181,7 +186,10 @@ class Recipe(RunSettings):
     )
     tie_word_embeddings: bool = _(False, "one matrix for embedding and head")
     rope_theta: float = _(10_000.0, "base of the rotary position embedding")
-    max_position_embeddings: int | None = _(None, "longest text that the model is meant for; default: length")
+    max_position_embeddings: int | None = _(
+        None,
+        "longest text that the model is meant for; default: length, of a task whose held-out documents are longer, as many times that",
+    )
     initializer_range: float = _(0.05, "standard deviation of the initial weights")
 
     tokens: int = _(1_000_000, "training tokens; with length and batch_size, this gives the number of steps")
@@ -197,6 +205,13 @@ class Recipe(RunSettings):
             raise RecipeError(
                 f"data_streams={self.data_streams} must divide batch_size={self.batch_size}: each gives as many rows to a step."
             )
+        for entry in self.mixture:
+            if is_task(entry["source"]):
+                raise RecipeError(
+                    f"mixture: {entry['source']!r} is a task, which is no part of a mixture: train on it alone, as source."
+                )
+        if is_task(self.source):
+            task_of(self.source)  # raises: there is none, or none with these options
         self.plt_config()  # raises for an impossible shape
 
     @property
@@ -229,6 +244,9 @@ class Recipe(RunSettings):
             return self.vocab_size
         return max(len(tokenizer), self.vocab_size) if self.tokenizer is not None else len(tokenizer)
 
+    def _longest_text(self) -> int:
+        return self.length * (task_of(self.source).longer if is_task(self.source) else 1)
+
     def plt_config(self, tokenizer: Any = None) -> PLTConfig:
         """The model's configuration. Scales that the recipe leaves open follow from the initialisation: a fresh embedding
         has root mean square `initializer_range`, a normed state has 1, so c = a * initializer_range makes both terms of
@@ -250,7 +268,7 @@ class Recipe(RunSettings):
                 num_attention_heads=self.num_attention_heads,
                 num_key_value_heads=self.num_key_value_heads,
                 head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-                max_position_embeddings=self.max_position_embeddings or self.length,
+                max_position_embeddings=self.max_position_embeddings or self._longest_text(),
                 initializer_range=self.initializer_range,
                 rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
                 tie_word_embeddings=self.tie_word_embeddings,
@@ -282,6 +300,11 @@ class ChatRecipe(RunSettings):
     )
     length: int = _(2048, "T, tokens per row; longer conversations are left out")
     packing: bool = _(True, "several conversations per row, apart from each other")
+    max_reasoning_tokens: int = _(0, "tokens of a turn's reasoning beyond which it is long; 0: none is")
+    long_reasoning: str = _(
+        "drop",
+        "drop: a conversation with long reasoning is left out; cut: its first max_reasoning_tokens are kept. Both are counted",
+    )
     epochs: float = _(1.0, "how often every conversation is seen")
     validation_share: float = _(0.05, "share of the conversations kept for validation")
     lora_rank: int = _(0, "rank of LoRA adapters; 0: train all weights")
@@ -325,7 +348,7 @@ BOUNDS = {
         "head_dim", "intermediate_size", "max_position_embeddings", "tokens", "batch_size", "gradient_accumulation", "log_every",
         "eval_rows", "save_every", "keep_checkpoints", "replicas", "shuffle_documents", "data_streams",
     ),
-    "at least 0": ("max_bytes", "weight_decay", "eval_every", "lora_rank"),
+    "at least 0": ("max_reasoning_tokens", "max_bytes", "weight_decay", "eval_every", "lora_rank"),
     "at least 259 (256 bytes and 3 special tokens)": ("vocab_size",),
     "above 0": (
         "rope_theta", "initializer_range", "learning_rate", "adam_epsilon", "max_grad_norm", "lora_alpha", "epochs",
@@ -338,6 +361,7 @@ BOUNDS = {
 CHOICES = {
     "attention": ("sdpa", "eager", "flex_attention"),
     "gate": ("hidden", "query"),
+    "long_reasoning": ("drop", "cut"),
     "precision": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
     "gradient_checkpointing": ("none", "layer", "loop", "both"),
@@ -416,7 +440,7 @@ def _beside(given: str, folder: Path) -> str:
 
 def _found(given: str, folder: Path) -> str | None:
     """The absolute path of a file, folder or glob that is there, seen from a folder; None for what is no path."""
-    if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB):
+    if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB) or is_task(given):
         return None
     try:
         path = folder / os.path.expanduser(given)

@@ -25,6 +25,8 @@ class TrainingResult(Result):
         conversations: that were read for a fine-tuning; rows: that they fill.
         left_out: reason -> conversations.
         data: of a mixture, what was read of each source.
+        reasoning_cut: conversations whose reasoning was cut.
+        answers: of a task, how many held-out questions were answered rightly, group by group.
         folder: where the model is.
     """
 
@@ -43,6 +45,8 @@ class TrainingResult(Result):
     rows: int | None = None
     left_out: dict[str, int] | None = None
     data: Any = None
+    reasoning_cut: int | None = None
+    answers: dict[str, Any] | None = None
     folder: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
@@ -53,5 +57,24 @@ class TrainingResult(Result):
             f"last training loss {self.loss_curve[-1][1]:.3f}"
         ]
         if self.folder is not None:
-            lines += [f"model: {self.folder}", f"next:  parloop generate {shlex.quote(str(self.folder))} 'def '"]
-        return [Text("\n".join(lines), overflow="fold")]
+            task = f"study {self.answers['source']}" if self.answers else ""
+            lines += [
+                f"model: {self.folder}",
+                f"next:  parloop {task}" if task else f"next:  parloop generate {shlex.quote(str(self.folder))} 'def '",
+            ]
+        return [*([self._answers()] if self.answers else []), Text("\n".join(lines), overflow="fold")]
+
+    def _answers(self) -> Any:
+        from rich.table import Table
+
+        assert self.answers is not None
+        table = Table(title=f"{self.answers['source']}: held-out answers that are right", title_justify="left")
+        for name in (self.answers["unit"], "right", "chance", "all of a document", "nats each"):
+            table.add_column(name, justify="right")
+        for row in self.answers["groups"]:
+            middle, low, high = row["correct"]
+            half = "" if low is None else f" ±{100 * max(high - middle, middle - low):.1f}"
+            right = f"{100 * middle:.1f}%{half}"
+            exact, nats = f"{100 * row['exact'][0]:.1f}%", f"{row['nll'][0]:.3f}"
+            table.add_row(str(row["group"]), right, f"{100 * row['chance']:.1f}%", exact, nats)
+        return table

@@ -1,11 +1,14 @@
 """Bits per byte of held-out code, by lm-eval: a model's loss in the tool that others measure with.
 
-The text is what the checkpoint's training held out (its recipe.yaml says), or that of `--data FILE.jsonl` with a column `text`.
+The text is what the checkpoint's training held out (its recipe.yaml says), or that of `--data FILE.jsonl` with a column `text`. Of a model that was
+trained on a task it is the answers to held-out questions, one of each group for each document, and the share of them that is the
+likeliest text is told beside chance.
 """
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ...errors import EvaluationError
 from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, digest, read_lines, reading
@@ -20,6 +23,19 @@ doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: bits_per_byte
   - metric: byte_perplexity
+metadata: {{version: 1}}
+"""
+
+TASK_YAML = """task: held_out
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
 metadata: {{version: 1}}
 """
 
@@ -44,7 +60,7 @@ def steps(job: Job) -> list[Step]:
         model = {
             "pretrained": job.checkpoint,
             "backend": "causal",
-            "add_bos_token": False,
+            "add_bos_token": _task_of(job) is not None,  # a text is read from its prefix token on, a question is not
             "softmax_dtype": "float32",
             "dtype": s["dtype"],
             "max_length": s["length"],
@@ -73,22 +89,65 @@ def prepare(job: Job) -> None:
     texts = job.work / "held_out.jsonl"
     (job.work / "task").mkdir(parents=True, exist_ok=True)
     if not texts.exists():
-        rows = read_lines(job.data) if job.data else [{"text": text} for text in held_out_texts(job)]
+        task = _task_of(job)
+        if task is not None:
+            rows = questions(task, job.settings["documents"])
+        elif job.data:
+            rows = [{"text": row["text"]} for row in read_lines(job.data)]
+        else:
+            rows = [{"text": text} for text in held_out_texts(job)]
         partial = texts.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.rename(texts)
-    (job.work / "task" / "held_out.yaml").write_text(YAML.format(file=texts.absolute()), encoding="utf-8")
+    yaml = YAML if _task_of(job) is None else TASK_YAML
+    (job.work / "task" / "held_out.yaml").write_text(yaml.format(file=texts.absolute()), encoding="utf-8")
+
+
+def _task_of(job: Job) -> Any:
+    """The task that the checkpoint was trained on, unless another text is given."""
+    from ...corpus.tasks import is_task, task_of
+
+    recipe = None if job.data or job.checkpoint is None else _recipe_of(job.checkpoint)
+    return task_of(recipe.source) if recipe is not None and is_task(recipe.source) else None
+
+
+def _recipe_of(checkpoint: str) -> Any:
+    """The recipe that a checkpoint was trained on text by, if that is known."""
+    from ...train import Recipe, load_recipe
+
+    file = Path(checkpoint, "recipe.yaml")
+    recipe = load_recipe(file) if file.is_file() else None
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+def questions(task: Any, documents: int) -> list[dict[str, Any]]:
+    """Held-out questions of a task: question, answer, group and chance. Where worked steps are written, they are part of the answer."""
+    from ...corpus.tasks import HELD_OUT
+
+    rows = []
+    for number in range(documents):
+        for group in task.groups:
+            document = task.document(number, HELD_OUT, group=None if task.asks_every_group else group)
+            symbols = task.symbols_of(document)
+            last = int((document.groups == group).nonzero()[0][-1])
+            if task.is_written:
+                question = task.join(symbols[: document.prompt])[0]
+                answer = task.text(document)[len(question) :]
+            else:
+                question = task.join(symbols[: last + 1])[0]
+                answer = " " + task.symbol(document.targets[last])
+            rows.append({"question": question, "answer": answer, "group": group, "chance": task.chance(group)})
+    return rows
 
 
 def held_out_texts(job: Job) -> list[str]:
     """The beginnings of documents that the checkpoint's training held out; without a recipe, of the standard library's."""
     from ...corpus import load_corpus
-    from ...train import Recipe, load_recipe
+    from ...train import Recipe
 
     assert job.checkpoint is not None
-    file = Path(job.checkpoint, "recipe.yaml")
-    recipe = load_recipe(file) if file.is_file() else Recipe()
-    if not isinstance(recipe, Recipe) or recipe.mixture:
+    recipe = _recipe_of(job.checkpoint)
+    if recipe is None or recipe.mixture:
         recipe = Recipe()
     corpus = load_corpus(recipe.corpus_settings())
     return [text[: job.settings["characters"]] for text in corpus.validation["text"][: job.settings["documents"]]]
@@ -136,10 +195,17 @@ def parse(job: Job) -> Outcome:
     files = sorted((job.work / "out").rglob("samples_held_out_*.jsonl"), key=lambda path: path.stat().st_mtime)
     if not files:
         return Outcome({}, problems=["lm-eval left no samples: see losses.log"])
-    items, sizes = {}, {}
+    items, sizes, parts = {}, {}, {}
     with reading(files[-1]):
-        for row in read_lines(files[-1]):
-            log_likelihood, size = row["bits_per_byte"]
+        rows = read_lines(files[-1])
+        task = _task_of(job)
+        if task is not None:
+            parts = _exact_matches(task, rows)
+        for row in rows:
+            if task is not None:
+                log_likelihood, size = float(row["filtered_resps"][0][0]), len(row["doc"]["answer"].encode())
+            else:
+                log_likelihood, size = row["bits_per_byte"]
             items[str(row["doc_id"])] = -log_likelihood / math.log(2) / size
             sizes[str(row["doc_id"])] = float(size)
         total = sum(items[name] * sizes[name] for name in items) / sum(sizes.values())
@@ -149,10 +215,23 @@ def parse(job: Job) -> Outcome:
     return Outcome(
         items,
         value=total,
+        parts=parts,
         problems=problems,
         weights=sizes,
         data=f"held-out text, {digest(texts)}",
     )
+
+
+def _exact_matches(task: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of every group, the share of answers, in percent, that are the likeliest text."""
+    parts = {}
+    for group in task.groups:
+        right = [bool(row["acc"]) for row in rows if row["doc"]["group"] == group]
+        if right:
+            parts[f"exact match, {task.unit} {group} (chance {100 * task.chance(group):.1f})"] = (
+                100 * sum(right) / len(right)
+            )
+    return parts
 
 
 BENCHMARK = Benchmark(
