@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 CONVERT = """
 import sys, torch
-from parloop.bench.measure import peak_bytes
+from parloop.timing import peak_bytes
 from parloop.convert import convert
 before = peak_bytes(torch.device("cpu"))
 convert(sys.argv[1], sys.argv[2], to=sys.argv[3], start=sys.argv[4], samples=0)

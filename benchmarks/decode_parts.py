@@ -6,8 +6,8 @@ Rounds of all variants are interleaved; printed are medians over rounds, and rat
 """
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from parloop.bench.models import config_of, random_model
 from parloop.model.cache import make_cache
 from parloop.model.shapes import SHAPES
+from parloop.timing import Spread, interleaved, seconds_of
 
 SHAPE = SHAPES["600m"]
 D, K, FFN, L = SHAPE["hidden_size"], SHAPE["head_dim"], SHAPE["intermediate_size"], SHAPE["num_hidden_layers"]
@@ -25,26 +26,18 @@ H, G = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
 
 
 def rounds(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round but the first."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 1):
-        for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return times
+    """Return the seconds of every variant in every round but the first."""
+    return interleaved({name: partial(seconds_of, run) for name, run in variants.items()}, repeats)
 
 
 def show(title: str, times: dict[str, list[float]], base: dict[str, str] | str) -> None:
     table = Table("", "ms", "ratio", "to", title=title)
     for name, own in times.items():
         other = base if isinstance(base, str) else base[name]
-        middle = torch.tensor(own).median().item()
-        low, half, high = (
-            torch.tensor([a / b for a, b in zip(own, times[other])]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        ratio = Spread.of_ratios(own, times[other])
+        table.add_row(
+            name, f"{1000 * Spread.of(own).median:.3g}", f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})", other
         )
-        table.add_row(name, f"{1000 * middle:.3g}", f"{half:.2f} ({low:.2f}..{high:.2f})", other)
     Console(width=110).print(table)
 
 
@@ -56,7 +49,7 @@ def matrices(repeats: int) -> None:
         return lambda: [F.linear(x[w.shape[1]], w) for w in weights]
 
     times = rounds({f"{rows} rows": run(rows) for rows in (1, 2, 3, 4, 8, 16)}, repeats)
-    read = sum(w.nbytes for w in weights) / torch.tensor(times["1 rows"]).median().item() / 1e9
+    read = sum(w.nbytes for w in weights) / Spread.of(times["1 rows"]).median / 1e9
     show(f"feed-forward products of {L} layers, bfloat16; one row reads {read:.1f} GB/s", times, "1 rows")
 
 

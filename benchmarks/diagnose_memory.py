@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 
 import parloop
-from parloop.bench.measure import peak_bytes, reset_peak
 from parloop.bench.models import config_of, random_model
 from parloop.model.shapes import SHAPES
+from parloop.timing import peak_bytes, reset_peak
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from parloop.model.shapes import SHAPES
 LOAD = """
 import sys, torch, parloop
 from transformers import AutoModelForCausalLM
-from parloop.bench.measure import peak_bytes
+from parloop.timing import peak_bytes
 before = peak_bytes(torch.device("cpu"))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert model.dtype is torch.bfloat16

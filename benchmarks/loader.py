@@ -8,13 +8,13 @@ worker; and forward, backward and optimiser step of the quick recipe's model on 
 
 import argparse
 import dataclasses
-import statistics
-import time
+from functools import partial
 
 import torch
 from rich.console import Console
 
 from parloop.corpus import StreamLoader, load_corpus
+from parloop.timing import Spread, interleaved, seconds_of
 from parloop.train import Recipe
 from parloop.train.build import build_model
 from parloop.train.data import mixture_of
@@ -37,25 +37,28 @@ def main() -> None:
         "loader, a worker": iter(StreamLoader(mixture_of(mixed), tokenizer, recipe.batch_size, prefetch=4)),
     }
     model = build_model(dataclasses.replace(recipe, loops=1))
+    batch = next(loaders["loader, this process"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    rates: dict[str, list[float]] = {name: [] for name in (*loaders, "training step, R = 1")}
-    for _ in range(arguments.rounds + 1):
-        for name, loader in loaders.items():
-            start = time.perf_counter()
-            for _step in range(arguments.steps):
-                batch = next(loader)
-            rates[name].append(arguments.steps * step_tokens / (time.perf_counter() - start))
-        start = time.perf_counter()
-        for _ in range(20):
+
+    def read(loader: StreamLoader) -> None:
+        for _ in range(arguments.steps):
+            next(loader)
+
+    def train(steps: int = 20) -> None:
+        for _ in range(steps):
             model(**batch, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        rates["training step, R = 1"].append(20 * step_tokens / (time.perf_counter() - start))
-    base = statistics.median(rates["training step, R = 1"][1:])
-    for name, values in rates.items():
-        low, middle, high = statistics.quantiles(values[1:], n=4)  # the first round opens files and warms up
+
+    tokens = dict.fromkeys(loaders, arguments.steps * step_tokens) | {"training step, R = 1": 20 * step_tokens}
+    variants = {name: partial(seconds_of, partial(read, loader)) for name, loader in loaders.items()}
+    variants["training step, R = 1"] = partial(seconds_of, train)
+    seconds = interleaved(variants, arguments.rounds)  # the first round opens files and warms up
+    rates = {name: Spread.of([tokens[name] / value for value in values]) for name, values in seconds.items()}
+    base = rates["training step, R = 1"].median
+    for name, rate in rates.items():
         console.print(
-            f"{name:22} {middle:12,.0f} tokens/s ({low:,.0f} .. {high:,.0f}), {middle / base:.1f} times a training step",
+            f"{name:22} {rate.median:12,.0f} tokens/s ({rate.low:,.0f} .. {rate.high:,.0f}), {rate.median / base:.1f} times a training step",
             highlight=False,
         )
     console.print(f"{torch.get_num_threads()} threads", highlight=False)

@@ -5,9 +5,8 @@ python benchmarks/quantize.py time --shape 600m                  # decode, inter
 """
 
 import argparse
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from parloop import make_cache
 from parloop.bench.models import config_of, random_model
 from parloop.corpus import load_corpus
 from parloop.model.shapes import SHAPES
+from parloop.timing import Spread, interleaved, seconds_of
 from parloop.train import Recipe
 from parloop.train.evaluate import evaluate_documents
 
@@ -61,10 +61,12 @@ def decode_ms(model: Any, loops: int, steps: int) -> float:
     options = {"past_key_values": cache, "num_loops": loops, "logits_to_keep": 1, "output_loop_states": False}
     model(ids, **options)
     model(ids[:, :1], **options)
-    start = time.perf_counter()
-    for _ in range(steps):
-        model(ids[:, :1], **options)
-    return 1e3 * (time.perf_counter() - start) / steps
+
+    def decode() -> None:
+        for _ in range(steps):
+            model(ids[:, :1], **options)
+
+    return 1e3 * seconds_of(decode) / steps
 
 
 def times(shape: str, console: Console, rounds: int, steps: int) -> None:
@@ -78,17 +80,12 @@ def times(shape: str, console: Console, rounds: int, steps: int) -> None:
             except Exception as error:
                 models.pop(way, None)
                 console.print(f"{way}: {type(error).__name__}: {str(error)[:300]}", markup=False)
-    measured: dict[tuple[str, int], list[float]] = {(way, R): [] for way in models for R in (1, 2)}
-    for round_ in range(rounds + 1):
-        for way, R in measured:
-            ms = decode_ms(models[way], R, steps)
-            if round_:
-                measured[way, R].append(ms)
+    measured = interleaved({(way, R): partial(decode_ms, models[way], R, steps) for way in models for R in (1, 2)}, rounds)
     for (way, R), values in measured.items():
-        ratios = [a / b for a, b in zip(values, measured["bfloat16", R])]
+        ratio = Spread.of_ratios(values, measured["bfloat16", R])
         console.print(
-            f"R = {R}, {way}: {statistics.median(values):.1f} ms per token, {statistics.median(ratios):.2f} of bfloat16 "
-            f"({min(ratios):.2f} .. {max(ratios):.2f})",
+            f"R = {R}, {way}: {Spread.of(values).median:.1f} ms per token, {ratio.median:.2f} of bfloat16 "
+            f"({ratio.low:.2f} .. {ratio.high:.2f}, quartiles)",
             highlight=False,
         )
 

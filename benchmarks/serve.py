@@ -5,28 +5,29 @@
 
 Run it in an environment of vLLM. All engines live in this process and take turns, a few steps each; weights are random. Printed are
 medians over repeats of the time of a decode step, which gives every request one token, and the ratio to R = 1 of the same turn with
-its smallest and largest value.
+its quartiles.
 """
 
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from vllm import LLM, SamplingParams
 
 from parloop.model.configuration import ARCHITECTURE
 from parloop.model.shapes import SHAPES, SHARED
+from parloop.timing import Spread, interleaved, seconds_of
 
 
 def lines(loops: list[int]) -> dict[str, dict]:
@@ -91,21 +92,20 @@ def kernel(shape: str, repeats: int) -> None:
     layer = [(D, (H + 2 * G) * K), (H * K, D), (D, 2 * ffn), (ffn, D)]
     sizes = layer * s["num_hidden_layers"] + [(D, s["vocab_size"])]
     weights = [ops.create_onednn_mm((torch.randn(o, i) * 0.02).bfloat16().t()) for i, o in sizes]
-    times: dict[int, list[float]] = {rows: [] for rows in (1, 2, 3, 4, 8, 16, 32)}
-    for turn in range(repeats + 1):
-        for rows, own in times.items():
-            x = {i: torch.randn(rows, i).bfloat16() for i, _ in sizes}
-            began = time.perf_counter()
-            for (i, _), weight in zip(sizes, weights):
-                ops.onednn_mm(weight, x[i], None)
-            if turn:
-                own.append(time.perf_counter() - began)
+
+    def products(x: dict[int, Any]) -> None:
+        for (i, _), weight in zip(sizes, weights):
+            ops.onednn_mm(weight, x[i], None)
+
+    def run(rows: int) -> float:
+        return seconds_of(partial(products, {i: torch.randn(rows, i).bfloat16() for i, _ in sizes}))
+
+    times = interleaved({rows: partial(run, rows) for rows in (1, 2, 3, 4, 8, 16, 32)}, repeats)
     table = Table("rows", "ms", "to 1 row", title=f"{shape}: all matrix products of a step, bfloat16")
     for rows, own in times.items():
-        ratios = sorted(a / b for a, b in zip(own, times[1]))
-        quarter = len(ratios) // 4
-        spread = f"({ratios[quarter]:.2f}..{ratios[-1 - quarter]:.2f})"
-        table.add_row(str(rows), f"{1000 * statistics.median(own):.1f}", f"{statistics.median(ratios):.2f} {spread}")
+        ratio = Spread.of_ratios(own, times[1])
+        shown = f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
+        table.add_row(str(rows), f"{1000 * Spread.of(own).median:.1f}", shown)
     Console(width=110).print(table)
 
 
@@ -147,25 +147,27 @@ def main() -> None:
     for requests in arguments.requests:
         for llm in engines.values():
             start(llm, requests, arguments.context, vocabulary, length)
-        times: dict[str, list[float]] = {name: [] for name in engines}
-        for turn in track(range(turns), f"{requests} requests"):
-            for name, llm in engines.items():
-                began = time.perf_counter()
-                for _ in range(steps):
-                    llm.llm_engine.step()
-                if turn:
-                    times[name].append((time.perf_counter() - began) / steps)
+
+        def run(llm: LLM) -> None:
+            for _ in range(steps):
+                llm.llm_engine.step()
+
+        with Progress() as progress:
+            task = progress.add_task(f"{requests} requests", total=turns * len(engines))
+            measured = interleaved(
+                {name: partial(seconds_of, partial(run, llm)) for name, llm in engines.items()}, arguments.repeats,
+                after_run=partial(progress.advance, task),
+            )  # fmt: skip
+        times = {name: [value / steps for value in own] for name, own in measured.items()}
         for llm in engines.values():
             stop(llm)
         table = Table(title=f"{arguments.shape}, {arguments.dtype}, {requests} requests of {arguments.context} tokens")
         for column in ("", "ms/step", "tokens/s", "to R = 1", "to Llama"):
             table.add_column(column, justify="right" if column else "left")
         for name, own in times.items():
-            median = statistics.median(own)
-            ratios = []
-            for other in ("R = 1", "Llama"):
-                pairs = [a / b for a, b in zip(own, times.get(other, own))]
-                ratios.append(f"{statistics.median(pairs):.2f} ({min(pairs):.2f}..{max(pairs):.2f})")
+            median = Spread.of(own).median
+            spreads = [Spread.of_ratios(own, times.get(other, own)) for other in ("R = 1", "Llama")]
+            ratios = [f"{ratio.median:.2f} ({ratio.low:.2f}..{ratio.high:.2f})" for ratio in spreads]
             table.add_row(name, f"{1000 * median:.1f}", f"{requests / median:.1f}", *ratios)
         Console(width=110).print(table)
 

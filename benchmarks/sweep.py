@@ -11,9 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parloop.checkpoints import load_model
 from parloop.corpus import load_corpus
-from parloop.study.study import evaluation_of
 from parloop.train import Recipe
+from parloop.train.evaluate import evaluate_documents
 from parloop.train.training import train
 
 
@@ -32,7 +33,10 @@ def main() -> None:
             folder = arguments.output / f"{arguments.field}-{value}-r{loops}"
             corpus = load_corpus(recipe.corpus_settings(), console=console)
             result = train(recipe, folder, corpus=corpus, console=console)
-            bits = evaluation_of(folder, recipe, corpus, 3000).bits_per_byte
+            model = load_model(folder, recipe.device)
+            bits = evaluate_documents(
+                model, corpus.tokenizer, list(corpus.validation["text"]), recipe.length, max_chars=3000
+            ).bits_per_byte
             readouts = ", ".join(f"{b:.3f}" for b in bits)
             console.print(
                 f"{arguments.field}={value} R={loops}: {readouts} bits per byte, {result.seconds:.0f} s", highlight=False

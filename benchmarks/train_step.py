@@ -7,14 +7,14 @@ The row "R = 2, dense mask" is the same model with its window as one T x T mask 
 """
 
 import argparse
-import statistics
-import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 
 from parloop import PLTConfig, PLTForCausalLM
-from parloop.model import masks, modeling
+from parloop.model import window
+from parloop.timing import Spread, interleaved, seconds_of
 
 SHAPES = {  # hidden, layers, heads, kv heads, ffn, vocabulary, batch, T, w
     "small": (128, 3, 4, 2, 384, 2048, 8, 512, 32),
@@ -47,12 +47,12 @@ def build(shape: str, loops: int) -> PLTForCausalLM:
 
 @contextmanager
 def dense_window(T: int):
-    original = masks.band_block
-    masks.band_block = modeling.band_block = lambda w: T
+    original = window.band_block
+    window.band_block = lambda w: T
     try:
         yield
     finally:
-        masks.band_block = modeling.band_block = original
+        window.band_block = original
 
 
 def main() -> None:
@@ -69,27 +69,20 @@ def main() -> None:
     runs["R = 2, dense mask"] = runs["R = 2"]
     optimizers = {id(m): torch.optim.AdamW(m.parameters(), lr=1e-4) for m in runs.values()}
 
-    def step(name: str) -> float:
+    def step(name: str) -> None:
         model = runs[name]
-        start = time.perf_counter()
         with dense_window(T) if "dense" in name else nullcontext():
             model(ids, labels=ids).loss.backward()
         optimizers[id(model)].step()
         optimizers[id(model)].zero_grad()
-        return time.perf_counter() - start
 
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(arguments.repeats + 2):
-        for name in runs:
-            elapsed = step(name)
-            if repeat >= 2:  # two rounds of warm-up
-                seconds[name].append(elapsed)
+    variants = {name: partial(seconds_of, partial(step, name)) for name in runs}
+    seconds = interleaved(variants, arguments.repeats, warm_up=2)
     print(f"{arguments.shape}: {SHAPES[arguments.shape]}, {arguments.threads} threads, torch {torch.__version__}")
     print(f"{'':20}{'ms per step':>12}{'over R = 1':>12}   quartiles")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["R = 1"])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:20}{1e3 * statistics.median(values):12.1f}{middle:12.2f}   {low:.2f} .. {high:.2f}")
+        ratio = Spread.of_ratios(values, seconds["R = 1"])
+        print(f"{name:20}{1e3 * Spread.of(values).median:12.1f}{ratio.median:12.2f}   {ratio.low:.2f} .. {ratio.high:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ allocator's), FLOPs are those that torch counts, recomputation not included. Wha
 
 import argparse
 import os
-import weakref
 from collections import Counter
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from parloop.model.flops import training_flops_per_token
 from parloop.model.window import band_block
+from parloop.timing import LiveBytes
 from parloop.train import Recipe
 from parloop.train.build import build_model
 from parloop.train.plan import training_memory
@@ -31,31 +28,18 @@ from parloop.train.sharding import free_gathered, start_processes
 MODES = ("none", "layer", "loop", "both")
 
 
-class Alive(TorchDispatchMode):
-    """The most bytes in storages that are alive after an operation. (FSDP frees what it gathered by shrinking storages, so sizes
-    are asked for again every time.)"""
+class Alive(LiveBytes):
+    """The bytes that are alive, asked for after every operation (FSDP frees what it gathered by shrinking storages), and the traffic."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, Any] = {}
-        self.peak = 0
+        super().__init__(resized=True)
         self.traffic: Counter[str] = Counter()  # bytes of whole tensors that are gathered, or scattered
 
-    def watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.storages.setdefault(storage._cdata, weakref.ref(storage))
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         if function.namespace == "c10d":
             tensors = [x for x in args[:2] if isinstance(x, torch.Tensor)]
             self.traffic[function._schema.name] += max((x.nbytes for x in tensors), default=0)
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor)
-        alive = {key: ref() for key, ref in self.storages.items()}
-        self.storages = {key: self.storages[key] for key, storage in alive.items() if storage is not None}
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values() if storage is not None))
         return result
 
 

@@ -103,7 +103,11 @@ def test_tables_and_figure(measured):
         assert max(map(len, text.splitlines())) <= 100
         assert "the scheme of the vendor's server, not their code" in text
         assert "compiled:" not in text
-    ratios, times, _ = draw(result).axes
+    figure = draw(result)
+    figure.draw_without_rendering()
+    for axes in figure.axes:  # legends lie on no data
+        assert axes.get_legend().get_window_extent().y1 <= axes.xaxis.label.get_window_extent().y0
+    ratios, times, _ = figure.axes
     assert [container.get_label() for container in ratios.containers] == [
         "6 tokens", "40 tokens", "6 tokens, batch 2", "40 tokens, batch 2", "a pass per loop (dotted)", *[ANY] * 3
     ]  # fmt: skip
@@ -208,13 +212,24 @@ def test_compiled_decoding(tmp_path, monkeypatch):
         ({"batch_sizes": [0]}, "--batch-sizes 0 must be at least 1"),
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"threads": 0}, "--threads 0 must be at least 1"),
+        ({"threads": 10**30}, "--threads 10+ must be at least 1, and below"),
         ({"dtype": "int8"}, "'int8' is unknown: use one of bfloat16"),
+        ({"device": "x"}, "device='x' is not there"),
     ],
 )
 def test_impossible_settings(tmp_path, change, message):
-    with pytest.raises(BenchError, match=message):
+    with pytest.raises((BenchError, CheckpointError), match=message):
         run_bench(**TINY | change, output=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"settings": 3}', "[" * 50_000], ids=lambda text: text[:4])
+def test_results_that_are_no_benchs(tmp_path, content):
+    with claimed(tmp_path, BENCH) as out:
+        out.write("results.json", content)
+    with pytest.raises(BenchError, match=r"results.json is no bench's .*: choose another --output, or --fresh"):
+        run_bench(**TINY, output=tmp_path)
+    assert (tmp_path / "results.json").read_text() == content
 
 
 def test_what_is_not_a_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -237,12 +238,20 @@ def test_options_and_folders(tmp_path):
         ({"to": "moe"}, "to='moe' must be plt or dense"),
         ({"window": -1}, "window=-1"),
         ({"gate_bias": float("nan")}, "gate_bias=nan"),
+        ({"gate_bias": 1e308}, "gate_bias=1e.308 must be from -1000 to 1000"),
         ({"to": "dense"}, "is dense already"),
         ({"start": "open", "data": str(tmp_path / "no")}, "no"),
         ({"to": "dense", "loops": 2}, "says nothing to --to dense"),
     ]:
         with pytest.raises((ConvertError, OutputError, SourceError), match=message):
             convert(**({"source": source, "out": tmp_path / "out"} | options))
+    for name, content in (("config.json", "[]"), ("config.json", '{"a":' * 50_000), ("model.safetensors.index.json", "[]")):
+        odd = shutil.copytree(source, tmp_path / "odd")
+        (odd / "model.safetensors").rename(odd / "elsewhere")
+        (odd / name).write_text(content)
+        with pytest.raises(ConvertError, match=r"no config.json that|holds no JSON object|weights in .* cannot be read"):
+            convert(odd, tmp_path / "out")
+        shutil.rmtree(odd)
     (source / "tokenizer.json").rename(source / "elsewhere")
     with pytest.raises(ConvertError, match="no tokenizer to measure a loss with: use --samples 0"):
         convert(source, tmp_path / "out", start="open")

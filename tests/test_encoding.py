@@ -10,7 +10,12 @@ import parloop
 
 SOURCE = Path(parloop.__file__).parent
 OPENERS = ("open", "read_text", "write_text", "fdopen", "TextIOWrapper", "NamedTemporaryFile")
-NOT_OURS = ("os.open", "Image.open", "webbrowser.open", "write_text")  # the last is record.py's, in UTF-8
+NOT_OF_TEXT = (
+    "os.open",
+    "Image.open",
+    "webbrowser.open",
+    "write_text",
+)  # the last one is record.py's, which is checked itself
 
 
 def without_encoding(text: str) -> list[str]:
@@ -20,7 +25,7 @@ def without_encoding(text: str) -> list[str]:
         if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
             continue
         name = ast.unparse(call.func)
-        if name.rpartition(".")[2] not in OPENERS or name in NOT_OURS:
+        if name.rpartition(".")[2] not in OPENERS or name in NOT_OF_TEXT:
             continue
         values = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
         modes = [v.value for v in values if isinstance(v, ast.Constant) and set(str(v.value)) <= set("rwaxbt+")]

@@ -3,6 +3,7 @@
 A card names no path of the machine that it was written on: it is made to be published.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def model_card(
 
 def shown(source: str) -> str:
     """Return a source of text or a model as a card names it: a file or folder of this machine by its last part."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return f"`{path.name if path.is_absolute() else source}`"
 
 

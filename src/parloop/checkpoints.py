@@ -1,16 +1,24 @@
 """Load PLT checkpoints: configuration, model, tokenizer, files."""
 
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ParloopError, first_line
 from .model.configuration import PLTConfig
+from .record import printable
 
+WEIGHTS = "weights (model.safetensors)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def load_config(checkpoint: str | Path) -> PLTConfig:
@@ -42,8 +50,20 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
         raise CheckpointError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
     device = usable_device(device)
     load_config(checkpoint)
-    model = load_part(AutoModelForCausalLM, checkpoint, "weights (model.safetensors)", dtype=dtype)
+    model = load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, dtype=dtype)
     return model.to(device).eval()
+
+
+def check_weights(checkpoint: str | Path) -> None:
+    """See that a checkpoint's weights are those that its config.json asks for, by their names and shapes. None are read. (Those of a
+    quantised checkpoint are another tool's business.)
+
+    Raises:
+        CheckpointError: they are not, or cannot be read.
+    """
+    config = load_config(checkpoint)
+    if not any(hasattr(config, name) for name in ("quantization_config", "quantization")):  # the latter is MLX's
+        load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, device_map="meta")
 
 
 def usable_device(device: str) -> str:
@@ -57,28 +77,148 @@ def usable_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
-        raise CheckpointError(f"device={device!r} is not there ({_first_line(error)}): use cpu or auto.") from error
+        raise CheckpointError(f"device={device!r} is not there ({first_line(error)}): use cpu or auto.") from error
+    if torch.device(device).type == "meta":
+        raise CheckpointError(f"device={device!r} holds no values: use cpu or auto.")
     return device
 
 
 def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> Any:
-    """`kind.from_pretrained(checkpoint)`, with errors that say what is missing."""
+    """`kind.from_pretrained(checkpoint)`, with errors that say what is missing.
+
+    Of a model, the files must hold the weights that config.json asks for and no others. transformers would draw missing ones at
+    random, and leave out layers that config.json does not count.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be loaded as it is.
+    """
     folder = Path(checkpoint)
     elsewhere = "give the folder of a finished run, for instance runs/study-quick/r2-seed0, or OWNER/NAME of the Hub"
+    if printable(checkpoint) != str(checkpoint):
+        raise CheckpointError(
+            f"checkpoint {printable(checkpoint)!r} has bytes in its name that are not UTF-8, and weights cannot be read from there: rename it."
+        )
     if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or ".." in folder.parts):
         raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder; {elsewhere}.")
     try:
+        if kind is AutoModelForCausalLM:
+            return _load_whole(checkpoint, **options)
         return kind.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ParloopError:
+        raise
+    except ImportError as error:  # bitsandbytes, flash-attn: nothing is wrong with the files
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} cannot be loaded: {first_line(error)}.") from error
+    except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         if folder.is_dir():
+            reason = _no_json_object(folder, TOKENIZER_FILES if kind is AutoTokenizer else MODEL_FILES) or first_line(error)
             raise CheckpointError(
-                f"checkpoint {str(checkpoint)!r} cannot be loaded: the folder has no usable {part} ({_first_line(error)}). If a run "
+                f"checkpoint {str(checkpoint)!r} cannot be loaded: the folder has no usable {part} ({reason}). If a run "
                 f"was interrupted there, finish it; else {elsewhere}."
             ) from error
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub gave no {part} of that name "
-            f"({_first_line(error)}); {elsewhere}."
+            f"({first_line(error)}); {elsewhere}."
         ) from error
+
+
+def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
+    """Raises CheckpointError: weights are missing, left over, or of another shape than config.json says."""
+    with _without_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, found = loaded
+    refuse_other_weights(checkpoint, model.config, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    if model.config.tie_word_embeddings and head is not embedding and not head.is_meta:  # transformers ties what is alike
+        raise other_head(checkpoint)
+    return model
+
+
+def refuse_other_weights(
+    checkpoint: str | Path,
+    config: PLTConfig,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, Any, Any]],
+) -> None:
+    """See that a checkpoint's weights are those that its config.json asks for. (The gates of a looped checkpoint that is loaded with one
+    loop are not among the unexpected ones.)
+
+    Args:
+        mismatched: names, with the shapes that the files and that config.json have.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
+    is_what = f"checkpoint {str(checkpoint)!r} is not what its config.json says:"
+    layers = 1 + max((int(found[1]) for name in unexpected if (found := re.search(r"\.layers\.(\d+)\.", name))), default=-1)
+    if layers > config.num_hidden_layers:
+        raise CheckpointError(
+            f"{is_what} the files hold {layers} layers, and num_hidden_layers={config.num_hidden_layers} would leave the last ones out: "
+            f"correct it."
+        )
+    if mismatched:
+        name, held, asked = mismatched[0]
+        raise CheckpointError(
+            f"{is_what} {name} has shape {tuple(held)}, and not {tuple(asked)}{_more(mismatched)}: correct it, or take the files that "
+            f"belong to it."
+        )
+    if missing:
+        raise CheckpointError(
+            f"{is_what} the files lack {missing[0]}{_more(missing)}, which would be random numbers: correct it, or take the files that belong "
+            f"to it."
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{is_what} the files hold {unexpected[0]}{_more(unexpected)}, which a model of this configuration has no place for: correct it, or "
+            f"take the files that belong to it."
+        )
+
+
+def other_head(checkpoint: str | Path) -> CheckpointError:
+    """What to say of a checkpoint whose head is tied to the embedding, and another one."""
+    return CheckpointError(
+        f"checkpoint {str(checkpoint)!r} is not what its config.json says: tie_word_embeddings is true, but lm_head.weight and "
+        f"model.embed_tokens.weight differ: set it to false."
+    )
+
+
+def _more(things: list[Any]) -> str:
+    return f" and {len(things) - 1} more" if len(things) > 1 else ""
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that are missing or left over: an error says it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or "CONVERSION" in message
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _no_json_object(folder: Path, names: Iterable[str]) -> str:
+    """Which of these files is there and holds no JSON object; empty if none."""
+    for name in names:
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except RecursionError:
+            return f"{name} is nested too deeply"
+        except (OSError, ValueError) as error:
+            return f"{name} is not JSON: {first_line(error)}"
+        if not isinstance(content, dict):
+            return f"{name} holds no JSON object"
+    return ""
 
 
 def local_folder(checkpoint: str | Path) -> Path:
@@ -98,9 +238,5 @@ def local_folder(checkpoint: str | Path) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub did not give it "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__

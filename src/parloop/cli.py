@@ -1,9 +1,16 @@
 """The `parloop` command: one verb, one function, no logic."""
 
 import dataclasses
+import errno
+import importlib.util
+import io
 import json
 import os
+import re
 import runpy
+import select
+import shlex
+import signal
 import sys
 import time
 import typing
@@ -15,7 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from .errors import EvaluationError, ParloopError, PortCheckError
+from .errors import CheckpointError, EvaluationError, ParloopError, PortCheckError
+from .record import printable
 from .registration import too_old
 from .train import ChatRecipe, Recipe, load_recipe
 
@@ -28,6 +36,18 @@ app = App(
 MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "study", "train"}  # they need the model in transformers
 Many = Parameter(consume_multiple=True, negative=())
 Flag = Parameter(negative=())
+
+
+def _can_be_a_folder(kind: Any, folder: Path | None) -> None:
+    """Before there is work to lose. Raises ValueError: into a folder of such a name, weights for one could not be written."""
+    if folder is None:
+        return
+    if printable(folder) != str(folder):
+        raise ValueError(f"{printable(folder)!r} has bytes that are not UTF-8: choose another name.")
+    folder.exists()  # raises OSError, of which main tells: the name is too long
+
+
+Output = Annotated[Path, Parameter(validator=_can_be_a_folder)]
 
 
 def _overrides(*kinds: type, without: tuple[str, ...] = ()) -> type:
@@ -67,7 +87,7 @@ def train(
     recipe: str,
     /,
     *,
-    output: Path | None = None,
+    output: Output | None = None,
     fresh: bool = False,
     plan: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
@@ -106,7 +126,7 @@ def train(
 
 
 @app.command
-def export(checkpoint: str, /, *, out: Path, to: str = "transformers", bits: int | None = None) -> None:
+def export(checkpoint: str, /, *, out: Output, to: str = "transformers", bits: int | None = None) -> None:
     """Write a run's checkpoint, of one process or of many, as a model that any tool loads; or a PLT for another engine.
 
     (A run that is finished has its model in its folder.)
@@ -145,7 +165,7 @@ def study(
     seeds: int = 1,
     match: str = "tokens",
     control: Annotated[list[str] | None, Many] = None,
-    output: Path | None = None,
+    output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[StudyOverrides, Parameter(name="*")] = StudyOverrides(),  # noqa: B008
 ) -> None:
@@ -205,7 +225,7 @@ def _name_files(console: Console, what: str, folder: Path | None, *names: str) -
 @app.command
 def generate(
     checkpoint: str,
-    prompt: str = "",
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     /,
     *,
     loops: int | None = None,
@@ -226,7 +246,7 @@ def generate(
     checkpoint
         Folder or Hub name of a PLT checkpoint.
     prompt
-        Text to continue. "-" reads it from the standard input.
+        Text to continue. "-" reads it from the standard input. One that is called as an option is goes after --.
     loops
         How often to run the stack. Default: as trained.
     max_new_tokens
@@ -246,8 +266,28 @@ def generate(
     """
     from .generate import stream
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    stream(checkpoint, text, loops, max_new_tokens, temperature, top_p, seed, device, dtype, think_budget)
+    stream(
+        checkpoint,
+        _standard_input() if prompt == "-" else prompt,
+        loops,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        device,
+        dtype,
+        think_budget,
+    )
+
+
+def _standard_input() -> str:
+    """Raises CheckpointError: it is closed, or no text."""
+    if sys.stdin is None:
+        raise CheckpointError("the prompt - is the standard input, which is closed.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"the standard input is not UTF-8 ({error}): give the prompt as UTF-8.") from error
 
 
 @app.command
@@ -262,7 +302,7 @@ def diagnose(
     device: str = "auto",
     dtype: str = "auto",
     center_rank: bool = False,
-    output: Path | None = None,
+    output: Output | None = None,
 ) -> None:
     """What each loop of a checkpoint adds and costs, and whether one more or one fewer would pay.
 
@@ -312,7 +352,7 @@ def convert(
     source: Path,
     /,
     *,
-    out: Path,
+    out: Output,
     to: str = "plt",
     loops: int | None = None,
     start: str = "exact",
@@ -382,7 +422,7 @@ def bench(
     static: bool = False,
     compile: bool = False,
     threads: int | None = None,
-    output: Path | None = None,
+    output: Output | None = None,
     fresh: bool = False,
 ) -> None:
     """Time prefill and decode at every loop count, side by side with a plain Llama and the memory's speed.
@@ -487,7 +527,7 @@ def check_port(
     endpoint: str | None = None,
     model: str | None = None,
     engine: str = "auto",
-    write: Path | None = None,
+    write: Output | None = None,
 ) -> None:
     """Does an engine compute a PLT, and if not, which mechanism does it lack? A minute, with a small checkpoint that is shipped.
 
@@ -537,7 +577,7 @@ def evaluate(
     data: Annotated[list[str] | None, Many] = None,
     set: Annotated[list[str] | None, Many] = None,
     serve_options: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
-    output: Path = Path("runs/eval"),
+    output: Output = Path("runs/eval"),
     list: Annotated[bool, Flag] = False,
     plan: Annotated[bool, Flag] = False,
     report: Annotated[bool, Flag] = False,
@@ -586,8 +626,6 @@ def evaluate(
         Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over. Refused if there
         is anything else.
     """
-    import shlex
-
     from .evaluate import compare, run
     from .evaluate import report as tables
 
@@ -603,14 +641,14 @@ def evaluate(
     request = run.Request.of(
         what, endpoint=endpoint, model=model, loops=loops, output=output, limit=limit, fresh=fresh,
         data={name: Path(value) for name, value in _pairs(data, "data", "BENCHMARK=PATH")}, settings=_settings(set),
-        serve_options=shlex.split(serve_options),
+        serve_options=_words(serve_options),
     )  # fmt: skip
     if plan:
         for planned in run.plan(request):
             console.print(planned, soft_wrap=True)
         return
     console.print(run.evaluate(request, console))
-    console.print(f"next:  parloop eval --report {output}", highlight=False, markup=False)
+    console.print(f"next:  parloop eval --report {shlex.quote(str(output))}", highlight=False, markup=False)
 
 
 def _pairs(given: list[str] | None, option: str, form: str) -> list[tuple[str, str]]:
@@ -619,6 +657,15 @@ def _pairs(given: list[str] | None, option: str, form: str) -> list[tuple[str, s
         if len(pair) != 2 or not all(pair):
             raise EvaluationError(f"--{option} {text!r} must be {form}.")
     return pairs  # type: ignore[return-value]
+
+
+def _words(options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise EvaluationError(
+            f"--serve-options {options!r} cannot be split into words ({error}): look at its quotes."
+        ) from error
 
 
 def _settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -630,6 +677,8 @@ def _settings(given: list[str] | None) -> dict[str, dict[str, Any]]:
             raise EvaluationError(f"--set '{name}={value}' must be {form}.")
         try:
             settings.setdefault(benchmark, {})[setting] = json.loads(value)
+        except RecursionError as error:
+            raise EvaluationError(f"--set {name}: the value is nested too deeply.") from error
         except ValueError:
             settings.setdefault(benchmark, {})[setting] = value
     return settings
@@ -653,18 +702,42 @@ def run(
     arguments
         Its arguments.
     """
+    sys.path.insert(0, os.getcwd())  # as python -m does
+    if not _can_run(module):
+        raise ParloopError(
+            f"there is no module {module!r} that can be run: give one as after python -m, installed or in this folder."
+        )
     from .export.mlx import register
 
     register()
     sys.argv = [module, *arguments]
-    sys.path.insert(0, os.getcwd())  # as python -m does
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _can_run(module: str) -> bool:
+    """Whether there is such a module, or a package with a __main__. (What goes wrong in it is its own.)"""
+    try:
+        found = importlib.util.find_spec(module)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False
+    except (ValueError, ImportError):  # no name of a module
+        return False
+    return found is not None
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # main says what to do; rich would exit with 1
 
 
 def _console() -> Console:
     """The terminal; where the output goes into a file, 100 columns."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=100)
+    console = _Terminal()
+    return console if console.is_terminal or "COLUMNS" in os.environ else _Terminal(width=100)
 
 
 def passed_through(tokens: list[str]) -> list[str]:
@@ -676,22 +749,74 @@ def passed_through(tokens: list[str]) -> list[str]:
 
 
 def main() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # ours say what is going on
+    """Exits with 2 for what the user can put right, and as programs of a shell do with 130 after Ctrl-C, and with 141 if nobody reads
+    what is printed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what cannot be printed, such as a file's name that is not UTF-8
     console = Console(stderr=True)
+    runs_a_module = sys.argv[1:2] == ["run"]  # whose errors are its own
     try:
-        if too_old() and set(sys.argv[1:2]) & MODEL_VERBS:
-            raise ParloopError(too_old())
-        app(passed_through(sys.argv[1:]))
+        try:
+            _run()
+        finally:
+            if sys.stdout is not None and not sys.stdout.closed:
+                sys.stdout.flush()  # so that it fails here, if it does
     except ParloopError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             # Mostly the first process says the same, and the launcher ends the others when it does. If not, it is this one's alone.
             time.sleep(3)
         who = "" if rank == "0" else f" (process {rank})"
-        console.print(f"[bold red]error{who}:[/] {escape(str(error))}", highlight=False)
+        _tell(console, f"error{who}:", str(error))
+        sys.exit(2)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        _print_no_more()
+        sys.exit(141)
+    except OSError as error:
+        output_is_full = error.errno == errno.ENOSPC and error.filename is None
+        if not output_is_full and (runs_a_module or error.filename is None):
+            raise
+        if output_is_full:
+            _print_no_more()
+        named = "" if error.filename is None else f"{_short(printable(error.filename))!r}: "
+        _tell(console, "error:", f"{named}{error.strerror}.")
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted. Run the same command again to continue.")
         sys.exit(130)
+
+
+def _run() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # ours say what is going on
+    app.console = _console()
+    if too_old() and set(sys.argv[1:2]) & MODEL_VERBS:
+        raise ParloopError(too_old())
+    app(passed_through(sys.argv[1:]))
+
+
+def _tell(console: Console, what: str, message: str) -> None:
+    message = re.sub(r"\\udc[89a-f][0-9a-f]", "?", message)  # how repr() shows bytes of a name that are not UTF-8
+    console.print(f"[bold red]{what}[/] {escape(message)}", highlight=False)
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of the standard output is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _print_no_more() -> None:
+    """Python would try again when it exits, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _short(name: str, longest: int = 120) -> str:
+    return name if len(name) <= longest else f"{name[:longest]}..."

@@ -51,3 +51,10 @@ class PortCheckError(ParloopError, RuntimeError):
 
 class EvaluationError(ParloopError, RuntimeError):
     """A benchmark that cannot be run, or that gave no result."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, with its kind where that alone says little."""
+    text = str(error).strip().partition("\n")[0].rstrip(".:")
+    plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, AssertionError))
+    return text if text and plain else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from .checkpoints import load_model, load_part
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
+from .record import printable
+
+GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: what is divided by less may overflow
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -45,6 +48,8 @@ def stream(
     ):
         if not allowed:
             raise CheckpointError(f"{name}={value} must be {what}.")
+    if printable(prompt) != prompt:
+        raise CheckpointError(f"the prompt {printable(prompt)[:40]!r} has bytes that are not UTF-8: give it as UTF-8.")
     model = load_model(checkpoint, device, dtype)
     tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
     torch.manual_seed(seed)
@@ -64,19 +69,25 @@ def stream(
             f"(stopping after {room} tokens: the model was made for texts of {model.config.max_position_embeddings})",
             file=sys.stderr,
         )
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
+    # One sequence: a checkpoint's own settings may ask for beams, which cannot be streamed.
+    sampling: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "do_sample": temperature >= GREEDY_BELOW}
+    if sampling["do_sample"]:
         sampling |= {"temperature": temperature, "top_p": top_p}
     if think_budget is not None:
         sampling["prefix_allowed_tokens_fn"] = closing_reasoning(think_budget, tokenizer, model.config.vocab_size)
-    model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=min(max_new_tokens, room),
-        num_loops=loops,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+    try:
+        model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=min(max_new_tokens, room),
+            num_loops=loops,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} cannot generate ({first_line(error)}): see its generation_config.json."
+        ) from error
 
 
 def closing_reasoning(budget: int, tokenizer: Any, vocab_size: int) -> Callable[[int, torch.Tensor], torch.Tensor]:

@@ -36,7 +36,13 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as it can be typed again."""
-    return shlex.join(["parloop", *sys.argv[1:]])
+    return printable(shlex.join(["parloop", *sys.argv[1:]]))
+
+
+def printable(name: object) -> str:
+    """A name as it can be printed and stored anywhere: bytes that are not UTF-8, as names of files may have, become question marks.
+    (Python keeps such bytes as halves of surrogate pairs, which most of what writes text refuses.)"""
+    return str(name).encode("utf-8", "replace").decode()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,13 +1,17 @@
 """Reading, splitting, tokenizing, packing."""
 
+import glob
 import json
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from parloop.corpus import collate, load_corpus, pack, text_ids, train_tokenizer
+from parloop.corpus import collate, load_corpus, pack, sources, text_ids, train_tokenizer
 from parloop.corpus.samples import samples_of
 from parloop.corpus.sources import read
 from parloop.errors import SourceError
@@ -43,6 +47,98 @@ def test_bad_files_are_left_out_counted_and_named(tmp_path):
     text = console.export_text()
     assert "1 binary" in text
     assert "train" in text
+
+
+def test_names_that_are_not_utf8_are_replaced(tmp_path):
+    """In held-out documents, which are kept under their names, and in what is left out; in the source itself too."""
+    folder = write_sources(tmp_path / "src")
+    for path in folder.rglob("*.py"):
+        path.rename(os.fsdecode(os.fsencode(path).replace(b"module", b"m\xf6dule")))
+    (folder / os.fsdecode(b"\xff.py")).write_text("")
+    named = tmp_path / os.fsdecode(b"s\xffurce")
+    folder.rename(named)
+    corpus = load_corpus(settings(named), tmp_path / "cache", QUIET)
+    assert len(corpus.validation["name"]) > 4
+    assert all(re.search(r"/s\?urce/package_\d/m\?dule_\d+\.py$", name) for name in corpus.validation["name"])
+    assert corpus.summary["left_out_names"] == {"empty": [f"{tmp_path}/s?urce/?.py"]}
+    assert corpus.summary["source"] == f"{tmp_path}/s?urce"
+
+
+@pytest.mark.parametrize("kind", ["files", "jsonl"])
+def test_byte_order_marks_are_no_part_of_a_text(tmp_path, kind):
+    texts = ["\ufeffa = 1\n", "b = 2\n\ufeffc = 3\n", "\ufeff", "d = 4\n"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
+    rows = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    source = tmp_path if kind == "files" else tmp_path / "rows.jsonl"
+    found = [text for _, text, reason in read(str(source), (".py",), "text", 10_000) if not reason.startswith("not .py")]
+    assert found == ["a = 1\n", "b = 2\nc = 3\n", None, "d = 4\n"]
+
+
+def links(tmp_path):
+    """A folder with links: to a folder outside, to one inside, to itself, to what links back, to nothing, and to a file."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside / "z", outside / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "module.py").write_text(f"x = {str(folder.name)!r}\n")
+    (inside / "a").symlink_to(inside / "z")
+    (inside / "b").symlink_to(outside)
+    (inside / "c").symlink_to(inside)
+    (outside / "back").symlink_to(inside)
+    (inside / "d").symlink_to(tmp_path / "nowhere")
+    (inside / "node_modules").symlink_to(outside)
+    (inside / "e.py").symlink_to(inside / "z" / "module.py")
+    return inside
+
+
+def test_linked_folders_are_read_each_once(tmp_path):
+    inside = links(tmp_path)
+    found = [str(path.relative_to(inside)) for path in sources.files_of(str(inside))]
+    # Of a folder that is here and linked to, under its own name; d leads nowhere, and is left out when it is read.
+    assert found == ["d", "e.py", "z/module.py", "b/deep/module.py"]
+
+
+def test_a_glob_gives_each_file_once(tmp_path):
+    inside = links(tmp_path)
+    found = sources.files_of(str(inside / "**" / "*.py"))
+    assert [os.path.realpath(path) for path in found] == [
+        str(tmp_path / "outside/deep/module.py"), str(tmp_path / "inside/z/module.py"),
+    ]  # fmt: skip
+    assert found[1] == inside / "z/module.py"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*.py", "**", "a*/**/*.py", "**/z/*", "a/**/z/**/*.py", "**/.hidden/*", ".*/**/*.py", "**/[mn]?d*.py", "a/**/../*.py", "*/*.py", "x/**"],
+)  # fmt: skip
+def test_globs_match_as_pythons_own(tmp_path, monkeypatch, pattern):
+    for name in (
+        "m.py",
+        "a/mod.py",
+        "a/b/z/node.py",
+        "a/.hidden/x.py",
+        ".hidden/z/y.py",
+        "z/z/note.md",
+        "ab/z/mode.py",
+        "a/.x.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for start in ("", f"{tmp_path}/"):
+        expected = {path for path in glob.glob(start + pattern, recursive=True) if os.path.isfile(path)}
+        found = set(map(str, sources._glob(Path(start + pattern))))
+        assert {path for path in found if os.path.isfile(path)} == expected
+
+
+def test_documents_of_linked_folders_are_trained_on(tmp_path):
+    write_sources(tmp_path / "elsewhere")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "linked").symlink_to(tmp_path / "elsewhere")
+    corpus = load_corpus(settings(tmp_path / "src"), tmp_path / "cache", QUIET)
+    assert corpus.summary["train"]["documents"] + corpus.summary["validation"]["documents"] == 60
+    assert corpus.summary["left_out"] == {}
 
 
 def test_nothing_leaks_and_nothing_moves(tmp_path):
@@ -162,6 +258,8 @@ def test_a_hub_data_set_is_streamed(tmp_path):
     [
         ("/no/such/folder", "no such file or folder"),
         ("/no/such/*.py", "no file matches this glob"),
+        ("/no/such/**/*.py", "no file matches this glob"),
+        ("~nobody-of-this-name/src", "no such file or folder"),
         ("hub:owner/there-is-no-such-data-set", "of the Hub cannot be opened"),
     ],
 )

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from parloop.corpus import CorpusSettings, load_corpus, sources
 from parloop.corpus.samples import draw_samples, padded_batches, samples_of
@@ -31,21 +30,10 @@ from parloop.errors import OutputError, SourceError
 from parloop.train import ChatRecipe, Recipe
 from tests.helpers.models import random_ids, tiny_model
 from tests.helpers.sources import write_sources
+from tests.helpers.text import byte_tokenizer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters of bytes, no merges: small enough for tiny models (59 of the 256 bytes are known)."""
-    known = [c for c in map(chr, range(33, 127)) if c.islower() or c.isdigit() or c in "_().,:=[]"][:55]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "Ġ", "Ċ", *known])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +184,21 @@ def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
     assert "One loop: there is nothing to compare yet." in text
     assert "figure-scissors" not in text
     assert "figure-hidden" in text
+
+
+def test_names_that_are_not_utf8_are_replaced_in_the_report(made, tmp_path, monkeypatch):
+    """Of the text's folder, of documents in it, and in the command."""
+    named = tmp_path / os.fsdecode(b"t\xffxt")
+    shutil.copytree(made / "text", named)
+    for path in named.rglob("*.py"):
+        path.rename(path.with_name(os.fsdecode(b"\xfe") + path.name))
+    monkeypatch.setattr(sys, "argv", ["parloop", "diagnose", "--data", str(named)])
+    result = diagnose_checkpoints([made / "r2"], tmp_path / "out", data=str(named), samples=3, length=32, device="cpu")
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    (one,) = result.checkpoints
+    assert re.search(r"/t\?xt/package_\d/\?module_\d+\.py", one.tokens.document)
+    for part in (one.tokens.document, f"parloop diagnose --data &#39;{tmp_path}/t?xt&#39;", one.settings["data"]):
+        assert part in text
 
 
 def parloop(*arguments, cwd):

@@ -12,7 +12,7 @@ from parloop.evaluate import run
 from parloop.evaluate.benchmark import Job, Outcome, benchmarks
 from parloop.evaluate.needs import Check
 from parloop.evaluate.results import BenchmarkResult, EvaluationResult, Model, save, settings_of
-from tests.helpers.models import tiny_config
+from tests.helpers.models import tiny_model
 
 SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 
@@ -25,7 +25,7 @@ def parloop(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         run, "check", lambda *_: [Check("50 GB of disk", True), Check("Docker, running", False, "install [Docker]")]
     )
-    tiny_config(plt_num_loops=2).save_pretrained("tiny")
+    tiny_model(plt_num_loops=2).save_pretrained("tiny")
     Path("empty").mkdir()
 
     def parloop(*arguments):

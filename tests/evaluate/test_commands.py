@@ -17,7 +17,7 @@ from parloop.evaluate import agents, run
 from parloop.evaluate.benchmark import benchmarks
 from parloop.evaluate.environments import folder_of
 from parloop.evaluate.run import Request, plan
-from tests.helpers.models import tiny_config
+from tests.helpers.models import tiny_model
 
 RECORDED = Path(__file__).parent / "commands"
 ENDPOINT = {"endpoint": "http://127.0.0.1:8000/v1", "model": "name@2"}
@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "check", lambda *_: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny_config(plt_num_loops=2).save_pretrained("tiny")
+    tiny_model(plt_num_loops=2).save_pretrained("tiny")
     for folder in ("swe", "contests/LiveCodeBench/lcb_runner"):
         Path(folder).mkdir(parents=True)
     for file in ("contests/data.jsonl", "held.jsonl"):

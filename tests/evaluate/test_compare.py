@@ -6,37 +6,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from parloop.evaluate.benchmark import Job, Outcome, benchmarks
+from parloop.evaluate.benchmark import benchmarks
 from parloop.evaluate.compare import Comparison, PairedTest, compare, interval_of
 from parloop.evaluate.report import scores_against_loops, write_report
-from parloop.evaluate.results import save, settings_of
 from parloop.statistics import mcnemar, wilson
-
-BFCL, HELD_OUT, SWE, SPOKEN = (benchmarks()[name] for name in ("bfcl_v3", "held_out", "swe_bench_verified", "multipl_e"))
-
-
-def saved(
-    folder, benchmark, loops, items, model=None, cost=(3, 900, 100, 20.0), weights=None, value=None, parts=None, **settings
-):
-    """A result of these items, in the given folder."""
-    model = model or f"toy@{loops}"
-    job = Job(
-        folder=folder / model / benchmark.name / str(settings),
-        endpoint="",
-        model=model,
-        loops=loops,
-        settings=benchmark.settings | settings,
-    )
-    names = ("requests", "prompt_tokens", "completion_tokens", "seconds")
-    outcome = Outcome(items, value=value, weights=weights, parts=parts or {}, data="made")
-    more = {"cost": dict(zip(names, cost))}
-    about = {"name": model, "loops": loops, "checkpoint": None, "hash": None, "engine": "unknown"}
-    return save(benchmark, job, outcome, settings_of(benchmark, job), about, more)
-
-
-def passed(pattern):
-    """Items of a string such as "110", by their places."""
-    return {f"item {n}": float(digit) for n, digit in enumerate(pattern)}
+from tests.helpers.results import BFCL, HELD_OUT, SPOKEN, SWE, passed, saved
 
 
 def entry(folder, benchmark):
@@ -349,6 +323,10 @@ def test_the_page(summary, tmp_path):
 
 def test_the_figure(summary):
     figure = scores_against_loops(summary)
+    figure.draw_without_rendering()
+    for axes in figure.axes:  # legends lie on no data, and nothing is cut off
+        assert axes.get_legend().get_window_extent().y1 <= axes.xaxis.label.get_window_extent().y0
+        assert axes.yaxis.label.get_window_extent().x0 >= 0
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == ["held-out code", "SWE-bench Verified", "BFCL v3"]
     bfcl = panels["BFCL v3"]

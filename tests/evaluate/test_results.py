@@ -179,6 +179,12 @@ def test_a_result_with_values_of_another_kind(tmp_path, change):
         load_results([tmp_path])
 
 
+def test_a_result_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "result.json").write_text("[" * 50_000)
+    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+        load_results([tmp_path])
+
+
 @pytest.mark.parametrize("field", ["items", "settings_hash", "model", "date", "weights"])
 def test_a_result_that_lacks_a_field(tmp_path, field):
     saved(tmp_path)

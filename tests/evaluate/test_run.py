@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from parloop.evaluate.benchmark import Benchmark, Needs, Outcome, Step, benchmar
 from parloop.evaluate.needs import Check
 from parloop.evaluate.results import BenchmarkResult, Model
 from parloop.evaluate.run import Request, evaluate
-from tests.helpers.models import tiny_config
+from tests.helpers.models import tiny_model
 from tests.helpers.scripted import Scripted
 
 QUIET = Console(quiet=True)
@@ -430,7 +431,7 @@ class Fake:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    tiny_config(plt_num_loops=2).save_pretrained(tmp_path / "tiny")
+    tiny_model(plt_num_loops=2).save_pretrained(tmp_path / "tiny")
     return str(tmp_path / "tiny")
 
 
@@ -582,6 +583,12 @@ ONE = {"endpoint": "http://x/v1", "model": "m"}
         ({"benchmarks": ["mind2web"], "data": {"mind2web": Path("/")}, **ONE}, "--data mind2web=/: mind2web reads no local copy"),
         ({"benchmarks": ["swe_bench_verified"], "settings": {"swe_bench_verified": {"environment": "/x"}}, **ONE}, "is 'docker' with .* cannot be set"),
         ({"benchmarks": ["humaneval_plus"], "settings": {"humaneval_plus": {"temperature": 1}}, **ONE}, "with evalplus 0.3.1, and cannot be set"),
+        ({"benchmarks": ["held_out"], "settings": {"held_out": {"documents": "x"}}, **ONE}, "documents='x' must be of the kind that its default is, 64"),
+        ({"benchmarks": ["held_out"], "settings": {"held_out": {"documents": math.nan}}, **ONE}, "documents=nan must be of the kind"),
+        ({"benchmarks": ["held_out"], "settings": {"held_out": {"length": [1]}}, **ONE}, r"length=\[1\] must be of the kind"),
+        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl_v3": {"top_p": math.inf}}, **ONE}, "top_p=inf must be of the kind"),
+        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl_v3": {"top_p": True}}, **ONE}, "top_p=True must be of the kind"),
+        ({"benchmarks": ["bfcl_v3"], "endpoint": "http://x/v1", "model": ""}, "--endpoint http://x/v1 needs --model NAME"),
         ({"benchmarks": ["bfcl_v3"], "loops": [0], "checkpoint": "x"}, "at least 1"),
         ({"benchmarks": ["bfcl_v3"], "loops": [1], "checkpoint": "/no/where"}, "checkpoint '/no/where' cannot be loaded"),
     ],
@@ -595,3 +602,34 @@ def test_folders_tell_models_apart(tmp_path):
     """Names of models may hold slashes; ours hold the loop count."""
     asks = Request(["bfcl_v3"], endpoint="http://x/v1", model="org/name@2", output=tmp_path)
     assert asks.job(benchmarks()["bfcl_v3"], 2, "", {}).folder == tmp_path / "org-name@2" / "bfcl_v3"
+
+
+@pytest.mark.parametrize("model", ["..", ".", "...", "../..", "a/../../b", "/", ".hidden", "\n", "a\0b"])
+def test_no_name_of_a_model_leads_out_of_the_output(tmp_path, model):
+    asks = Request(["bfcl_v3"], endpoint="http://x/v1", model=model, output=tmp_path / "out")
+    folder = asks.folder("bfcl_v3", 2)
+    assert folder == (tmp_path / "out" / folder.parent.name / "bfcl_v3").resolve()
+    assert folder.parent.name not in ("", "out")
+    key = asks.job(benchmarks()["bfcl_v3"], 2, "", {}).key
+    assert (tmp_path / key).resolve().parent == tmp_path.resolve()
+    assert (tmp_path / key).resolve() != tmp_path.resolve()
+
+
+# Servers of others
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "foo", "http://[", "http://a b/v1", "http://x:99999/v1", "http://\udcff/v1", "http://" + "a" * 300, "file:///etc"],
+)
+def test_addresses_that_are_none(url):
+    with pytest.raises(EvaluationError, match="gives no answer"):
+        serving.check_model(url, "m")
+
+
+@pytest.mark.parametrize("answer", [[], None, 3, {"data": 3}, {"data": ["m"]}, {"data": None}])
+def test_a_server_that_is_no_openais(monkeypatch, answer):
+    monkeypatch.setattr(serving, "ask", lambda url, path: answer)
+    with pytest.raises(EvaluationError, match="lists no models as OpenAI's servers do"):
+        serving.check_model("http://x", "m")
+    assert serving.server_version("http://x/v1") == "unknown"

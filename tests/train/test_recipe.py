@@ -75,6 +75,31 @@ def test_bad_recipes(tmp_path, text, message):
         Recipe.load(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_recipes_in_unicode(tmp_path, encoding):
+    (tmp_path / "recipe.yaml").write_text("source: café\n", encoding=encoding)
+    assert Recipe.load(tmp_path / "recipe.yaml").source == "café"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("source: café\n".encode("latin-1"), r"is not UTF-8 \(invalid continuation byte, position 11\): save it as UTF-8"),
+        (b'source: "a\0b"', r"is not text \(special characters are not allowed, position 10\)"),
+        (b"a: " + b"[" * 20_000, "is nested too deeply"),
+        (b"tokens: " + b"9" * 5000, "is not valid YAML"),
+        (b"source: 2020-99-01", "is not valid YAML: month must be"),
+        (b'compile: !!bool "x"', "is not valid YAML"),
+        (b'source: !!timestamp "x"', "is not valid YAML"),
+    ],
+    ids=lambda value: str(value[:12]),
+)
+def test_recipes_that_are_no_text_or_no_yaml(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"recipe '.*recipe.yaml' {message}"):
+        Recipe.load(tmp_path / "recipe.yaml")
+
+
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(RecipeError, match="neither a file nor one of the shipped recipes"):
         Recipe.load(tmp_path / "nothing.yaml")
@@ -133,6 +158,9 @@ def test_several_loop_counts(tmp_path):
         ([{"source": "a", "weight": 0}], "weight=0 of 'a' must be a number above 0"),
         ([{"source": "a", "weight": "much"}], "weight='much' of 'a' must be a number"),
         ([{"source": "a", "weight": 1, "extensions": ".py"}], "extensions='.py' of 'a' must be of type list"),
+        ([{"source": "a", "weight": 1, "extensions": [3]}], r"extensions=\[3\] of 'a' must be endings of files"),
+        ([{"source": "a", "weight": 1, "max_file_bytes": -1}], "max_file_bytes=-1 of 'a' must be at least 1"),
+        ([{"source": "a", "weight": 10**400}], "weight=1000.* of 'a' must be a number above 0"),
     ],
 )
 def test_bad_mixtures(entry, message):

@@ -75,14 +75,32 @@ def test_a_checkpoint_without_gates_at_two_loops(tmp_path):
         check(case, llm, 2)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config))
-    save_file(
-        {k: w for k, w in checkpoint.weights.items() if "layers.1.self_attn.plt_gate" not in k},
-        tmp_path / "model.safetensors",
-    )
-    with pytest.raises(Exception, match=r"plt_gate"), engine(tmp_path):
+@pytest.mark.parametrize(
+    ("lacks", "config", "told"),
+    [
+        ("layers.1.self_attn.plt_gate", {}, "the files lack model.layers.1.self_attn.plt_gate.bias and 2 more"),
+        ("plt_gate", {}, "the files lack model.layers.0.self_attn.plt_gate.bias and 5 more"),  # of a looped checkpoint
+        ("layers.1.mlp.up_proj", {}, "the files lack model.layers.1.mlp.up_proj.weight"),  # half of a merged matrix
+        ("lm_head", {}, "the files lack lm_head.weight"),
+        ("nothing", {"intermediate_size": 160}, r"mlp.* has shape .*192.*, and not .*160"),  # vLLM would cut it off
+        ("nothing", {"num_hidden_layers": 1}, r"the files hold model.layers.1.* no place for"),
+        ("nothing", {"num_hidden_layers": 3}, r"the files lack model.layers.2.* and 11 more"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_is_refused(checkpoint, tmp_path, lacks, config, told):
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config | config))
+    save_file({k: w for k, w in checkpoint.weights.items() if lacks not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=told), engine(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_can_be_sent_later_one_by_one(checkpoint, load_format):
+    """As trainers do that sample with vLLM. (What its kernels repacked on a CPU cannot be; a norm can.)"""
+    with engine(checkpoint.folder, load_format=load_format) as llm:
+        model, sent = model_of(llm), torch.full((128,), 2.0)
+        assert model.load_weights([("model.norm.weight", sent)]) >= {"model.norm.weight"}
+        assert torch.equal(model.model.norm.weight, sent)
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4])

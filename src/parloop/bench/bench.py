@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..checkpoints import usable_device
 from ..errors import BenchError
 from ..folder import BENCH, OutputFolder, claimed
 from ..model.configuration import PLTConfig
@@ -66,14 +67,13 @@ def run_bench(
     Raises:
         BenchError: impossible settings, too little memory, or a folder with another bench.
         OutputError: the folder cannot be written, holds something else than a bench, or another command works in it.
-        CheckpointError: no PLT checkpoint.
+        CheckpointError: no PLT checkpoint, or no such device.
     """
     console = console or Console()
     if checkpoint is not None and shape is not None:
         raise BenchError(f"both a checkpoint ({checkpoint}) and --shape {shape} are given: leave one out.")
     shape = "600m" if checkpoint is None and shape is None else shape
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
     counts = tuple(sorted({1, *(loops or (1, 2, 3, 4))}))
     before = torch.get_num_threads()
     settings = Settings(checkpoint, shape, counts, device=device, threads=before if threads is None else threads, **others)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..folder import BENCH, OutputFolder, claimed
-from ..report.drawing import COLORS, MARKERS, look, panels, save_png, styled
+from ..report.drawing import COLORS, MARKERS, legend_below, look, panels, save_png, styled
 from .results import BenchResult, BlockResult, Row
 from .variants import Variant
 
@@ -35,7 +35,7 @@ def draw(result: BenchResult) -> Figure:
         (_decode_ratios, decodes), (_decode_times, decodes), (_prefill_ratios, prefills)
     ]  # fmt: skip
     drawn = [(panel, blocks) for panel, blocks in drawn if blocks]
-    figure, grid = panels(1, max(1, len(drawn)), (4.6 * max(1, len(drawn)), 4.2))
+    figure, grid = panels(1, max(1, len(drawn)), (4.6 * max(1, len(drawn)), 4.8))
     for axes, (panel, blocks) in zip(np.atleast_1d(grid).flat, drawn):
         panel(axes, blocks)
     return figure
@@ -65,7 +65,7 @@ def _ratio_axes(axes: Any, blocks: list[BlockResult], title: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("loop count R")
     axes.set_ylabel("time over that of R = 1 (median, quartiles)")
-    axes.legend(fontsize="small", loc="lower right")
+    legend_below(axes)
 
 
 def _name(block: BlockResult) -> str:
@@ -107,4 +107,4 @@ def _decode_times(axes: Any, blocks: list[BlockResult]) -> None:
     axes.set_title(f"decode, batch {batch}")
     axes.set_xlabel("tokens cached")
     axes.set_ylabel("time per token (ms)")
-    axes.legend(fontsize="small", loc="lower right")
+    legend_below(axes)

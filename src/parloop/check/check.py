@@ -282,8 +282,8 @@ def check_checkpoint(checkpoint: str | Path | None = None, engine: str = "auto",
     folder = Path(checkpoint or PROBE)
     ours = json.loads((PROBE / "config.json").read_text(encoding="utf-8"))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise PortCheckError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     if any(config.get(name) != ours[name] for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")):
         raise PortCheckError(

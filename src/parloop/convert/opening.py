@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from ..checkpoints import load_model
 from ..corpus.corpus import CorpusSettings
 from ..corpus.samples import samples_of
-from ..errors import ConvertError
+from ..errors import ConvertError, first_line
 from ..model.configuration import GATE, PLTConfig
 from .weights import rows_of
 
@@ -48,7 +48,7 @@ def sample_rows(source: Path, data: str, samples: int, longest: int) -> list[tor
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
         raise ConvertError(
-            f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({error})."
+            f"source {str(source)!r} has no tokenizer to measure a loss with: use --samples 0 ({first_line(error)})."
         ) from error
     rows = samples_of(CorpusSettings(source=data), tokenizer, min(SAMPLE_TOKENS, longest), samples, held_out=False)
     return [torch.tensor([row.ids]) for row in rows]

@@ -26,13 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..errors import first_line
 from ..folder import disk_errors
+from ..record import printable
 from . import sources
 from .cache import cache_folder, default_cache
 from .packing import pack
 from .tokenizer import text_ids, train_tokenizer
 
-FORMAT = 2  # raise when what is stored changes
+FORMAT = 3  # raise when what is stored changes
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
 NAMED = 20  # how many left-out files of each reason the summary names
 
@@ -197,7 +199,7 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
         documents[split].append({"name": name, "text": text, "bytes": size})
     progress.remove_task(task)
     summary = {
-        "source": settings.source,
+        "source": printable(settings.source),
         "settings": asdict(settings),
         "left_out": dict(left_out.most_common()),
         "left_out_names": names,
@@ -223,7 +225,7 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
 
 def _tables(source: str) -> str:
     """Advise on the tables in a folder, which are not read unless they are asked for."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     endings = {file.suffix for file in sources.files_of(source)} & {".jsonl", ".parquet"} if path.is_dir() else set()
     globs = " or ".join(repr(str(path / "**" / f"*{ending}")) for ending in sorted(endings))
     return globs and f"; for the tables in this folder, give a glob as the source: {globs}"
@@ -233,9 +235,9 @@ def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progr
     if settings.tokenizer is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
             raise sources.SourceError(
-                f"tokenizer {settings.tokenizer!r} cannot be loaded ({error}): give a folder with tokenizer.json, a name of the Hub, "
+                f"tokenizer {settings.tokenizer!r} cannot be loaded ({first_line(error)}): give a folder with tokenizer.json, a name of the Hub, "
                 f"or none, and one is trained."
             ) from error
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

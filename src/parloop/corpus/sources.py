@@ -5,6 +5,7 @@ file; what was left out is counted by reason and named in the corpus's summary.
 """
 
 import errno
+import fnmatch
 import glob
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SourceError
+from ..record import printable
 from .tasks import PREFIX
 
 Item = tuple[str, str | None, str]  # name, text or None, why there is no text
@@ -28,6 +30,7 @@ TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # extension
 TEXT_TOO = ".json"  # is a table if it is asked for, and a text file among others
 DEAL_FILES = 8  # files of tables for each share, so that shares come out about as large
 COLUMN_WITHIN = 1000  # rows in which a column must show up
+BOM = "\ufeff"  # editors leave it at the beginning of a file, and files put together have it inside; it is no part of a text
 NOT_TEXT = ("site-packages", "dist-packages", "__pycache__", ".git", ".hg", "node_modules", ".venv")
 
 
@@ -45,12 +48,12 @@ def files_of(source: str) -> list[Path]:
         raise SourceError(
             f"source {source!r} is a task, whose documents are made and not read: train, study, diagnose and eval held_out take it, alone."
         )
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _walk(path)
     if path.is_file():
         return [path]
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+    matches = _each_once([path for path in _glob(path) if path.is_file()])
     if not matches:
         what = "no file matches this glob" if glob.has_magic(source) else "no such file or folder"
         raise SourceError(
@@ -69,11 +72,61 @@ def short_name(name: str) -> str:
 
 
 def _walk(top: Path) -> list[Path]:
-    found = []
-    for folder, subfolders, names in os.walk(top, onerror=stop_for):
-        subfolders[:] = sorted(name for name in subfolders if name not in NOT_TEXT)
-        found += [Path(folder, name) for name in sorted(names)]
+    """The files below a folder, and below those that links in it lead to: each folder once, so that links in a circle end, and
+    under its own name if it has one here."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    places = [str(top)]
+    for place in places:  # links are added on the way
+        for folder, subfolders, names in os.walk(place, onerror=stop_for):
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            inside = sorted(name for name in subfolders if name not in NOT_TEXT)
+            subfolders[:] = [name for name in inside if not os.path.islink(os.path.join(folder, name))]
+            places += [os.path.join(folder, name) for name in inside if name not in subfolders]
+            found += [Path(folder, name) for name in sorted(names)]
     return found
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    """What a pattern matches, by glob's rules. (glob itself goes round links in a circle until names become too long.)"""
+    place = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
+    wanted = pattern.parts[place:]
+    if not wanted or ".." in wanted:
+        yield from map(Path, glob.glob(str(pattern), recursive=True))
+        return
+    for top in glob.glob(str(Path(*pattern.parts[:place]))):
+        for folder, subfolders, names in os.walk(top, onerror=stop_for, followlinks=True):
+            inside = Path(folder).relative_to(top).parts
+            if not any(part.startswith(".") for part in wanted):
+                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            if links := [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:
+                above = [os.stat(Path(top, *inside[:depth])) for depth in range(len(inside) + 1)]
+                back = {name for name in links if any(os.path.samestat(os.stat(Path(folder, name)), stat) for stat in above)}
+                subfolders[:] = [name for name in subfolders if name not in back]
+            yield from (Path(folder, name) for name in names if _fits((*inside, name), wanted))
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path are those of a pattern; ** stands for any number of them. Hidden ones must be asked for."""
+    if not pattern or not parts:
+        return not parts and set(pattern) <= {"**"}
+    hidden = parts[0].startswith(".")
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or (not hidden and _fits(parts[1:], pattern))
+    fits = fnmatch.fnmatchcase(parts[0], pattern[0]) and (not hidden or pattern[0].startswith("."))
+    return fits and _fits(parts[1:], pattern[1:])
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    """Sorted, and of the names of one file its own, or the first one."""
+    real: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
+        real.setdefault(os.path.realpath(path), path)
+    return sorted(real.values())
 
 
 def stop_for(error: OSError, path: Any = None) -> None:
@@ -94,7 +147,7 @@ def stop_for(error: OSError, path: Any = None) -> None:
 
 def table_endings(source: str) -> set[str]:
     """Endings of those of a source's files that are tables: none in a folder; .json, which may be text, only if the source ends so."""
-    if source in (STDLIB, INSTALLED) or Path(source).expanduser().is_dir():
+    if source in (STDLIB, INSTALLED) or Path(os.path.expanduser(source)).is_dir():
         return set()
     return set(TABLES) - ({TEXT_TOO} - {Path(source.rstrip("*")).suffix})
 
@@ -132,7 +185,7 @@ def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_by
             if path.suffix in tables:
                 yield from _read_table_file(path, text_column, max_file_bytes)
             elif extensions and not single and path.suffix not in extensions:
-                yield str(path), None, f"not {' or '.join(extensions)}"
+                yield printable(path), None, f"not {' or '.join(extensions)}"
             else:
                 yield _read_file(path, max_file_bytes)
 
@@ -187,7 +240,7 @@ def read_dealt(
             if isinstance(error, OSError):
                 stop_for(error, tables[number])
             reason = f"unreadable as {TABLES[tables[number].suffix]} from some row on"
-            yield (str(tables[number]), None, reason), partial(_table_place, number + 1, lambda: None, 0)
+            yield (printable(tables[number]), None, reason), partial(_table_place, number + 1, lambda: None, 0)
 
 
 def _table_place(number: int, after: Callable[[], Any], row: int) -> list:
@@ -202,7 +255,7 @@ def _deal_lines(path: Path, column: str, limit: int, start: int | None, row: int
         while line := lines.readline():
             row += 1
             if line.strip() and (row - 1) % shares == share:
-                item, columns = _read_line(line, f"{path}, line {row}", column, limit)
+                item, columns = _read_line(line, f"{printable(path)}, line {row}", column, limit)
                 found |= column in columns
                 others |= columns
                 if columns and column not in columns:
@@ -224,7 +277,7 @@ def _deal_table(path: Path, column: str, limit: int, start: Any, row: int, share
             raise _no_column(column, values, path)
         row += 1
         if (row - 1) % shares == share:
-            yield _read_text(values[column], f"{path}, row {row - 1}", limit), rows.state_dict, row
+            yield _read_text(values[column], f"{printable(path)}, row {row - 1}", limit), rows.state_dict, row
 
 
 def _deal_hub(source: str, column: str, limit: int, share: int, shares: int, place: Any):
@@ -244,11 +297,11 @@ def _deal_hub(source: str, column: str, limit: int, share: int, shares: int, pla
 
 def _is_single(source: str) -> bool:
     """Check whether a source names single files, whatever their endings."""
-    return Path(source).expanduser().is_file() or (glob.has_magic(source) and not Path(source).is_dir())
+    return Path(os.path.expanduser(source)).is_file() or (glob.has_magic(source) and not Path(source).is_dir())
 
 
 def _read_file(path: Path, max_file_bytes: int) -> Item:
-    name = str(path)
+    name = printable(path)
     try:
         size = path.stat().st_size
         if size == 0:
@@ -262,7 +315,7 @@ def _read_file(path: Path, max_file_bytes: int) -> Item:
     if b"\0" in data:
         return name, None, "binary"
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").replace(BOM, "")
     except UnicodeDecodeError:
         return name, None, "not UTF-8"
     return (name, text, "") if text.strip() else (name, None, "empty")
@@ -273,7 +326,7 @@ def _read_table_file(path: Path, text_column: str, max_file_bytes: int) -> Itera
 
     try:
         if not path.stat().st_size:
-            yield str(path), None, "empty"
+            yield printable(path), None, "empty"
         elif path.suffix == ".jsonl":
             yield from _read_lines(path, text_column, max_file_bytes)
         else:
@@ -284,7 +337,7 @@ def _read_table_file(path: Path, text_column: str, max_file_bytes: int) -> Itera
     except Exception as error:
         if isinstance(error, OSError):
             stop_for(error, path)
-        yield str(path), None, f"unreadable as {TABLES[path.suffix]}"
+        yield printable(path), None, f"unreadable as {TABLES[path.suffix]}"
 
 
 def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[Item]:
@@ -295,7 +348,7 @@ def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[I
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            item, columns = _read_line(line, f"{path}, line {number}", text_column, max_file_bytes)
+            item, columns = _read_line(line, f"{printable(path)}, line {number}", text_column, max_file_bytes)
             found |= text_column in columns
             others |= columns
             yield item
@@ -323,13 +376,14 @@ def _read_table(rows, text_column: str, max_file_bytes: int, file: Path | None =
     for number, row in enumerate(rows):
         if text_column not in row:
             raise _no_column(text_column, row, file)
-        name = f"row {number}" if file is None else f"{file}, row {number}"
+        name = f"row {number}" if file is None else f"{printable(file)}, row {number}"
         yield _read_text(row[text_column], name, max_file_bytes)
 
 
 def _read_text(text: object, name: str, max_file_bytes: int) -> Item:
     if not isinstance(text, str):
         return name, None, "not text"
+    text = text.replace(BOM, "")
     if not text.strip():
         return name, None, "empty"
     try:

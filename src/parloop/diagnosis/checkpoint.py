@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
-from ..checkpoints import load_model
+from ..checkpoints import load_model, load_part
 from ..corpus.samples import Document, Sample, draw_samples, no_samples, padded_batches, samples_of
 from ..errors import CheckpointError, DiagnosisError, SourceError
-from ..record import command_line, environment
+from ..record import command_line, environment, printable
 from .diagnosis import diagnose
 from .folders import default_folder, diagnosis_folder
 from .report import write_report
@@ -106,10 +106,7 @@ def diagnose_checkpoint(
         raise DiagnosisError(
             f"--length {length} is more than the {longest} tokens that {str(checkpoint)!r} was made for: use at most {longest}."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(checkpoint)!r} has no tokenizer: {error}") from error
+    tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
     text = choose_text(checkpoint, data, extensions)
     length = length or min(text.recipe.length if text.recipe else DEFAULT_LENGTH, longest)
     rows = _rows(text, tokenizer, length, samples, held_out, data)
@@ -129,7 +126,7 @@ def diagnose_checkpoint(
         )  # fmt: skip
     viewed = max(rows[: min(8, len(rows))], key=lambda row: len(row.ids))
     return CheckpointDiagnosis(
-        checkpoint=str(checkpoint),
+        checkpoint=printable(checkpoint),
         diagnosis=diagnosis,
         sample_hash=hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()[:16],
         verdict=give_verdict(diagnosis),
@@ -144,7 +141,7 @@ def diagnose_checkpoint(
             "layers": model.config.num_hidden_layers,
             "heads": model.config.num_attention_heads,
             "window_tokens": model.config.window_tokens,
-            "data": text.settings.source,
+            "data": printable(text.settings.source),
             "held_out_only": text.held_out,
             "trained_on_this_text": text.trained_on,
             "samples": diagnosis.samples,

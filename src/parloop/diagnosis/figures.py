@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 from ..report.drawing import COLORS, MARKERS, legend_of, look, panels, styled
 from .diagnosis import Diagnosis
@@ -102,8 +102,11 @@ def scissors(diagnoses: Named) -> Figure:
     _draw(axes, diagnoses, "output_shift", linestyle="-", **({} if many else {"color": gain_color}))
     _draw(cost, diagnoses, "offset_cost", linestyle=":", **({} if many else {"color": cost_color, "marker": "s"}))
     axes.set_yscale("log")
-    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_format(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.3, not 3 * 10^-1
+    low, high = axes.get_ylim()
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter("{x:g}")  # 0.3, not 3 * 10^-1
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("gain: output shift Δp (nats, log)" + (", full" if many else ""), color="black" if many else gain_color)
     cost.set_ylabel("cost: offset cost Ω (length)" + (", dotted" if many else ""), color="black" if many else cost_color)
     cost.set_ylim(bottom=0)

@@ -102,10 +102,16 @@ class Job:
     @property
     def key(self) -> str:
         """The model's name, of letters, digits, points and dashes only."""
-        return "".join(c if c.isalnum() or c in ".-" else "-" for c in self.model)
+        return as_file_name(self.model)
 
     def python(self, environment: str) -> str:
         return str(self.bins[environment] / "python")
+
+
+def as_file_name(text: str, kept: str = ".-") -> str:
+    """A text with dashes for what is neither letter nor digit nor kept, and for a point at its beginning: .. is another folder."""
+    name = "".join(c if c.isalnum() or c in kept else "-" for c in text)
+    return f"-{name[1:]}" if name.startswith(".") else name
 
 
 @dataclass
@@ -236,6 +242,7 @@ def reading(path: Path) -> Iterator[None]:
         TypeError,
         AttributeError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise EvaluationError(
             f"{path} is not what its tool writes ({type(error).__name__}: {error}): see the logs of the steps, take the file away, and run "
@@ -249,7 +256,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return rows
 

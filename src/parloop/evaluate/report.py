@@ -1,5 +1,6 @@
 """The report of `parloop eval`: tables, a plot, and one page."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..folder import EVALUATION_REPORT, OutputFolder, claimed
-from ..report.drawing import COLORS, look, panels, styled
+from ..report.drawing import COLORS, legend_below, look, panels, styled
 from ..report.page import put, render
 from .benchmark import benchmarks
 from .compare import Comparison, Entry, PairedTest, Row
@@ -101,7 +102,7 @@ def scores_against_loops(comparison: Comparison) -> Figure:
     entries = [entry for entry in comparison.benchmarks if any(row.loops for row in entry.ours)]
     columns = min(3, max(1, len(entries)))
     lines = -(-len(entries) // columns) or 1
-    figure, grid = panels(lines, columns, (4.2 * columns, 3.2 * lines))
+    figure, grid = panels(lines, columns, (4.2 * columns, 3.6 * lines))
     grid = np.atleast_1d(grid)
     for axes in grid.flat[len(entries) :]:
         axes.set_visible(False)
@@ -125,6 +126,7 @@ def _panel(axes: Any, entry: Entry) -> None:
         axes.plot(x, y, color=COLORS[-1], marker="x", linestyle=":", label="paper, 7B")
     axes.set_title(entry.title)
     axes.set_xlabel("loop count R")
-    axes.set_ylabel(f"{entry.metric.split(',')[0]}, {entry.unit}" if entry.unit == "%" else entry.unit)
+    unit = f"{entry.metric.split(',')[0]}, {entry.unit}" if entry.unit == "%" else entry.unit
+    axes.set_ylabel(textwrap.fill(unit, 30))
     axes.set_xticks(sorted({row.loops for row in [*ours, *paper] if row.loops}))
-    axes.legend(fontsize="small")
+    legend_below(axes)

@@ -20,13 +20,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..checkpoints import load_config, local_folder
+from ..checkpoints import check_weights, load_config, local_folder
 from ..errors import EvaluationError, OutputError
 from ..folder import LOCK, delete, disk_errors, locked, make_folder, sign, strangers
 from ..record import command_line, environment
+from ..registration import too_old
 from ..serve.server import served_names
 from . import results
-from .benchmark import Benchmark, Job, Outcome, Step, benchmarks
+from .benchmark import Benchmark, Job, Outcome, Step, as_file_name, benchmarks
 from .environments import folder_of, make
 from .meter import GIVE_UP, Meter, cost
 from .needs import Check, check
@@ -97,7 +98,7 @@ class Request:
             raise EvaluationError(f"give the checkpoint {self.checkpoint!r} or --endpoint {self.endpoint}: one of both.")
         if self.checkpoint is None and self.endpoint is None:
             raise EvaluationError("give a checkpoint, or --endpoint URL with --model NAME.")
-        if self.endpoint is not None and self.model is None:
+        if self.endpoint is not None and not self.model:
             raise EvaluationError(f"--endpoint {self.endpoint} needs --model NAME: what the server calls the model.")
         if self.endpoint is not None and self.loops is not None and len(self.loops) > 1:
             raise EvaluationError("a server that runs has one loop count: give --endpoint and --model once for each.")
@@ -114,10 +115,13 @@ class Request:
                 raise EvaluationError(
                     f"{name} has no setting {sorted(unknown)[0]!r}: it has {', '.join(known[name].settings)}."
                 )
-            for setting in changes:
+            for setting, value in changes.items():
+                default = known[name].settings[setting]
                 if setting in known[name].fixed:
+                    raise EvaluationError(f"{name}.{setting} is {default!r} with {known[name].tool}, and cannot be set.")
+                if not _is_like(value, default):
                     raise EvaluationError(
-                        f"{name}.{setting} is {known[name].settings[setting]!r} with {known[name].tool}, and cannot be set."
+                        f"{name}.{setting}={value!r} must be of the kind that its default is, {default!r}."
                     )
         for name, path in self.data.items():
             if not known[name].reads_data:
@@ -126,6 +130,8 @@ class Request:
                 raise EvaluationError(f"--data {name}={path}: there is no such file or folder.")
         if self.checkpoint is not None:
             load_config(self.checkpoint)  # raises: there is none
+            if not too_old():  # else vLLM serves, and checks by itself
+                check_weights(self.checkpoint)
 
     def counts(self) -> list[int | None]:
         if self.loops:
@@ -137,8 +143,7 @@ class Request:
 
     def folder(self, name: str, loops: int | None) -> Path:
         """Of a benchmark at a loop count; the one above it is the model's."""
-        key = "".join(c if c.isalnum() or c in ".-@" else "-" for c in self.name(loops))
-        return (self.output / key / name).absolute()
+        return (self.output / as_file_name(self.name(loops), ".-@") / name).absolute()
 
     def finished(self, name: str, loops: int | None) -> bool:
         return (self.folder(name, loops) / results.RESULT).exists()
@@ -156,6 +161,13 @@ class Request:
             limit=self.limit,
             data=None if data is None else data.absolute(),
         )
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a setting can have this value instead of its default."""
+    if isinstance(default, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is type(default) or (default is None and not isinstance(value, (dict, list)))
 
 
 def _absolute(checkpoint: str) -> str | Path:

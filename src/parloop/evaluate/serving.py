@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,19 @@ def ask(url: str, path: str) -> Any:
     try:
         with urllib.request.urlopen(url + path, timeout=20) as answer:
             return json.loads(answer.read())
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, HTTPException, OverflowError, RecursionError) as error:  # also for what is no address
         raise EvaluationError(f"{url}{path} gives no answer ({error}): is the server there?") from error
 
 
 def check_model(url: str, model: str) -> None:
     """Raises EvaluationError: the server is not there, or has no such model."""
-    names = [entry.get("id") for entry in ask(url, "/models").get("data", [])]
+    listed = ask(url, "/models")
+    try:
+        names = [entry.get("id") for entry in listed.get("data", [])]
+    except (AttributeError, TypeError) as error:
+        raise EvaluationError(
+            f"{url}/models lists no models as OpenAI's servers do: is /v1 missing from its address?"
+        ) from error
     if model not in names:
         raise EvaluationError(f"the server at {url} has no model {model!r}; it has {', '.join(map(str, names))}.")
 

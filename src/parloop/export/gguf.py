@@ -25,10 +25,11 @@ def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None
         raise ExportError('the package gguf is not installed: pip install "parloop[gguf]".') from error
     from safetensors import safe_open
 
-    from ..checkpoints import load_config
+    from ..checkpoints import check_weights, load_config
     from ..model.configuration import released_name
 
     config = load_config(checkpoint)
+    check_weights(checkpoint)
     rope: dict = config.rope_parameters or {}
     if bits not in TYPES or rope.get("rope_type", "default") != "default":
         raise ExportError(f"bits={bits}, {rope}: only F32, Q8_0 (8 bits) and Q4_0 (4) with plain RoPE are written.")

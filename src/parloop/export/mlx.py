@@ -1,6 +1,6 @@
 """PLT checkpoints for mlx-lm: our class under the name that mlx-lm looks for, and folders that bring the class along.
 
-Needs neither torch nor, unless it quantises, MLX: a folder for a Mac can be made anywhere.
+Unless it quantises, it needs no MLX: a folder for a Mac can be made anywhere.
 """
 
 import importlib.abc
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
+from ..registration import too_old
 
 MODEL_FILE = Path(__file__).with_name("mlx_model.py")  # self-contained: exported folders get a copy of it
 MLX_MODULE = "mlx_lm.models.iquestpltcoder"  # mlx-lm imports `mlx_lm.models.{model_type}`
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = dict[str, Any](json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     kind = config.get("model_type")
     if kind != MLX_MODULE.rpartition(".")[2]:
@@ -83,6 +84,10 @@ def export_mlx(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
         ExportError: it is no PLT, is quantised already, or cannot be.
     """
     config = read_config(checkpoint)
+    if not too_old():  # else this transformers has no model to compare with
+        from ..checkpoints import check_weights
+
+        check_weights(checkpoint)
     if bits is None:
         for path in _parts(checkpoint):
             shutil.copyfile(path, folder / path.name)

@@ -5,12 +5,14 @@ the released checkpoint loads, and what is saved here loads elsewhere. Absent is
 `plt_emb_scale` means 1.0 (not 0.707), one without `plt_gate_use_hidden_states` means the query gate.
 """
 
+import math
 import re
 from copy import deepcopy
 from functools import cached_property
 from numbers import Integral
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -121,6 +123,7 @@ class PLTConfig(PreTrainedConfig):
     plt_gate_use_hidden_states: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_forms(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -147,6 +150,7 @@ class PLTConfig(PreTrainedConfig):
         before = deepcopy(getattr(self, key, None))
         super().__setattr__(key, value)
         try:
+            self._check_forms({})
             self._check()
         except ValueError:
             super().__setattr__(key, before)
@@ -236,14 +240,14 @@ class PLTConfig(PreTrainedConfig):
                 f"plt_gate_use_hidden_states={self.plt_gate_use_hidden_states!r} is not a known gate mode: use true "
                 f"(the gate reads the layer's normed input) or false (the gate reads the rotated query)."
             )
-        for name in ("plt_normalize_per_loop", "attention_bias", "mlp_bias", "qk_norm"):
+        for name in ("plt_normalize_per_loop", "attention_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         if self.attention_output_bias not in (None, True, False):
             raise ValueError(
                 f"attention_output_bias={self.attention_output_bias!r} must be true, false, or null for what attention_bias says."
             )
-        if self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not known to transformers: use 'silu', the released value.")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
@@ -255,6 +259,43 @@ class PLTConfig(PreTrainedConfig):
             self.validate_rope()
         except KeyError as error:
             raise ValueError(f"rope_scaling={self.rope_parameters!r} lacks a field: {error.args[0]}") from error
+        self._check_numbers()
+
+    def _check_forms(self, others: dict[str, Any]) -> None:
+        """Before transformers takes the fields apart: what it would stumble over.
+
+        Args:
+            others: fields under the names that released files have.
+        """
+        for name in ("rope_scaling", "rope_parameters"):
+            value = others.get(name, getattr(self, name, None))
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r} must be an object with the scaling's fields, or null for none.")
+        if not isinstance(self.architectures, (list, tuple, type(None))):
+            raise ValueError(
+                f"architectures={self.architectures!r} must be a list of names, for instance [{ARCHITECTURE!r}]."
+            )
+        dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"dtype={dtype!r} is none that a model can have: use 'bfloat16', 'float16' or 'float32'.")
+
+    def _check_numbers(self) -> None:
+        rope = {name: value for name, value in (self.rope_parameters or {}).items() if name not in ("rope_type", "type")}
+        for name, value in rope.items():
+            if not all(
+                _is_number(part) or part is None for part in (value if isinstance(value, (list, tuple)) else [value])
+            ):
+                raise ValueError(f"{name}={value!r}, of RoPE, must be a finite number.")
+        if not _is_number(rope["rope_theta"]) or rope["rope_theta"] <= 0:
+            raise ValueError(f"rope_theta={rope['rope_theta']!r} must be a number above 0: the base of RoPE, such as 10000.")
+        for name in ("rms_norm_eps", "attention_dropout", "initializer_range", "plt_emb_scale", "plt_hidden_scale"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name}={value!r} must be a finite number.")
+        pad = self.pad_token_id
+        if pad is not None and (not isinstance(pad, int) or pad >= self.vocab_size):
+            raise ValueError(f"pad_token_id={pad!r} must be one of the vocab_size={self.vocab_size} token ids, or null.")
 
     # What is saved. A field that did not change since it was read is written as it was read, in the released names.
 
@@ -306,3 +347,7 @@ class PLTConfig(PreTrainedConfig):
         if self.architectures is not None:
             form["architectures"] = [re.sub("^PLTFor", "IQuestPLTCoderFor", name) for name in self.architectures]
         return form
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

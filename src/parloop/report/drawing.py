@@ -55,6 +55,13 @@ def legend_of(figure: Figure, axes: Any, **options: Any) -> None:
     figure.legend(handles, labels, loc="outside upper center", **({"ncols": min(4, len(labels))} | options))
 
 
+def legend_below(axes: Any) -> None:
+    """Put a legend of the axes' lines below them and their label, where no data can lie under it."""
+    height = axes.figure.get_size_inches()[1] / axes.get_subplotspec().get_gridspec().nrows
+    place = (0.5, -0.7 / height)
+    axes.legend(loc="upper center", bbox_to_anchor=place, borderaxespad=0, ncols=2, fontsize="small")
+
+
 def svg(figure: Figure) -> str:
     """Return the figure as an <svg> element to put into a page."""
     buffer = io.StringIO()

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from ..checkpoints import DTYPES, load_part, usable_device
+from ..checkpoints import DTYPES, WEIGHTS, load_part, usable_device
 from ..errors import CheckpointError, ServeError
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -54,10 +54,7 @@ def load(checkpoint: str, loops: int, options: argparse.Namespace) -> tuple[Any,
     if options.quantization:
         more["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[options.quantization])
     tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
-    try:
-        model = load_part(AutoModelForCausalLM, checkpoint, "weights (model.safetensors)", **more)
-    except ImportError as error:  # bitsandbytes, flash-attn
-        raise ServeError(f"the server cannot be started: {error}") from error
+    model = load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, **more)
     # The same as num_loops in every call. Only now: gates are made or left out by the count at loading.
     model.config.plt_num_loops = loops
     return model, tokenizer

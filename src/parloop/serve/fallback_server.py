@@ -26,12 +26,12 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.utils import logging
 from transformers.utils.chat_parsing import ResponseParser
 
+from ..generate import GREEDY_BELOW
 from .fallback_answers import Ended, Piece, Writer, answer_template
 from .fallback_requests import ChatRequest, CompletionRequest
 from .fallback_requests import Request as Fields
 
 ANSWER_TOKENS = 1024  # where neither the request nor the checkpoint has a limit, as in `transformers serve`
-GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: what is divided by less may overflow
 # What generate() and chat templates raise for what requests ask for. TypeError: where a template goes through what is no list.
 BAD_REQUEST = (ValueError, TypeError, RecursionError, TemplateError)
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from ..checkpoints import load_config, local_folder
+from ..checkpoints import check_weights, load_config, local_folder
 from ..errors import ServeError
 from ..export.mlx import mlx_lm_version
 from ..registration import too_old
@@ -65,7 +66,10 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
     """
     if engine not in ("auto", *ENGINES):
         raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(('auto', *ENGINES))}.")
+    check_port(arguments)
     released = load_config(checkpoint)
+    if not too_old():  # else the engine sees to it itself, later
+        check_weights(checkpoint)
     trained = released.plt_num_loops
     loops, overrides, arguments = loop_count(loops, trained, arguments)
     if loops not in released.trained_loops:
@@ -126,6 +130,15 @@ def _tell(message: str, **style: Any) -> None:
     Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False, **style)
 
 
+def check_port(arguments: list[str]) -> None:
+    """Before the model is loaded, whatever the engine. Raises ServeError: --port is none."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--port", nargs="?", default="8000", const="")
+    port = options.parse_known_args(arguments)[0].port
+    if not (re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
+        raise ServeError(f"--port {port!r} must be a number from 1 to 65535, or 0 for one that is free.")
+
+
 def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:
     """R, what `--hf-overrides` changes besides, and the other arguments."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -133,7 +146,7 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
     known, rest = options.parse_known_args(arguments)
     try:
         overrides = dict[str, Any](json.loads(known.hf_overrides))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ServeError(
             f'--hf-overrides {known.hf_overrides!r} is not JSON ({error}): {{"plt_num_loops": 1}} would be.'
         ) from error

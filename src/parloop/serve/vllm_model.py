@@ -46,6 +46,7 @@ from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 
 from ..model.configuration import GATE, GATE_ALIASES, PLTConfig  # noqa: E402
 from .vllm_carry import Carry  # noqa: E402
+from .vllm_weights import checked  # noqa: E402
 
 logger = init_logger("vllm.parloop")
 
@@ -316,6 +317,11 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         super().__init__()
         self.config: PLTConfig = vllm_config.model_config.hf_config
         refuse_unsupported(vllm_config)
+        overrides = vllm_config.model_config.hf_overrides
+        self.loops_are_dialled = not isinstance(overrides, dict) or bool({"plt_num_loops", "num_loops"} & overrides.keys())
+        # Trainers send weights later, one by one; other formats, and quantised checkpoints, have other names and shapes.
+        whole = vllm_config.load_config.load_format not in ("dummy", "bitsandbytes", "gguf")
+        self.check_weights = whole and getattr(self.config, "quantization_config", None) is None
         self.model = PLTModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,
@@ -338,6 +344,9 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.check_weights:
+            weights = checked(weights, self.config, gates_may_lack=self.loops_are_dialled)
+            self.check_weights = False
         mapper = self.hf_to_vllm_mapper
         if self.config.plt_num_loops == 1:  # a looped checkpoint served with one loop
             mapper = mapper | WeightsMapper(orig_to_new_substr={f".{name}.": None for name in (GATE, *GATE_ALIASES)})

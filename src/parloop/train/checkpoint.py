@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -32,11 +33,14 @@ from transformers import GenerationConfig
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.distributed.utils import gather_full_state_dict
 
+from ..checkpoints import load_part, other_head, refuse_other_weights
 from ..errors import CheckpointError
 from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
+# Not missed: the gates of a looped checkpoint that goes on with one loop, and what old Llama files keep though it is computed.
+UNUSED = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.|\.rotary_emb\.inv_freq$")
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
 
 
@@ -65,8 +69,7 @@ def save_model(model: Any, folder: Path) -> None:
     if not is_sharded(model):
         model.save_pretrained(folder)
         return
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    state = {name: tensor for name, tensor in gather_full_state_dict(model).items() if name not in tied}
+    state = {name: tensor for name, tensor in gather_full_state_dict(model).items() if name not in _tied(model)}
     for name, tensor in state.items():
         if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view: sizes that do not divide were padded
             state[name] = tensor.clone()
@@ -81,7 +84,7 @@ def load_weights(model: Any, folder: Path) -> None:
     model's.
 
     Raises:
-        CheckpointError: the files lack a weight, or cannot be read.
+        CheckpointError: the files lack a weight, hold others than the model's, or cannot be read.
     """
     if _has_adapter(model):
         from peft import set_peft_model_state_dict
@@ -105,14 +108,32 @@ def load_weights(model: Any, folder: Path) -> None:
                 f"checkpoint {str(folder)!r}: {name} has shape {shape}, and the model {tuple(tensor.shape)}."
             )
         state[found] = tensor
+    others = [name for name in there if name not in state and name not in _tied(model) and not UNUSED.search(name)]
+    refuse_other_weights(folder, model.config, [], others, [])
     _quiet(dcp.load, state, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def load_base(model: Any, folder: Path) -> None:
-    """Weights and generation settings of the checkpoint that a run goes on from."""
+    """Weights and generation settings of the checkpoint that a run goes on from.
+
+    Raises:
+        CheckpointError: as load_weights; also if the head is to be tied to the embedding, and the files hold another one.
+    """
     load_weights(model, folder)
+    for head, embedding in _tied(model).items():
+        if not _alike(folder, head, embedding):
+            raise other_head(folder)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = load_part(GenerationConfig, folder, "generation_config.json")
+
+
+def _alike(folder: Path, *names: str) -> bool:
+    """Whether those of these weights that are there have the same values."""
+    found = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found += [file.get_tensor(name) for name in names if name in file.keys()]  # noqa: SIM118
+    return all(torch.equal(found[0], other) for other in found[1:])
 
 
 def _has_adapter(model: Any) -> bool:
@@ -122,8 +143,12 @@ def _has_adapter(model: Any) -> bool:
 def _weights(model: Any) -> dict[str, torch.Tensor]:
     """Names to tensors, a tied matrix once."""
     state: dict[str, Any] = get_model_state_dict(model)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+    return {name: tensor for name, tensor in state.items() if name not in _tied(model)}
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Names of weights that are another one, and of which."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:

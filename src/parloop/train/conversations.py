@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import GenerationConfig
 
+from ..checkpoints import load_part
 from ..corpus import sources
 from ..corpus.chat import Chat, Reasoning, load_chat
 from ..errors import RecipeError
@@ -45,7 +47,8 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         )
     shutil.rmtree(folder, ignore_errors=True)
     for name, rows in (("train", chat.train), ("validation", chat.validation)):
-        packed(rows, recipe).save_to_disk(str(folder / name))
+        if len(rows):  # of few conversations, perhaps none is held out; and `datasets` cannot load what is empty
+            packed(rows, recipe).save_to_disk(str(folder / name))
     summary = {
         "fingerprint": known,
         "digest": chat.digest,
@@ -66,8 +69,6 @@ def packed(data: Dataset, recipe: ChatRecipe) -> Dataset:
     """Conversations in rows of at most `length` tokens: input_ids, labels, seq_lengths."""
     from trl import pack_dataset
 
-    if not len(data):
-        return data
     if recipe.packing:
         return pack_dataset(data, seq_length=recipe.length, strategy="bfd")
     return data.add_column("seq_lengths", [[len(ids)] for ids in data["input_ids"]])
@@ -97,8 +98,8 @@ class Rows:
 
 def stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
     """Return the tokens that end a checkpoint's answers: by its generation settings, its configuration and its tokenizer."""
-    file = folder / "generation_config.json"
-    given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    name = "generation_config.json"
+    given = load_part(GenerationConfig, folder, name).eos_token_id if (folder / name).is_file() else None
     stops: set[int] = set()
     for ids in (given, config.eos_token_id, tokenizer.eos_token_id):
         stops |= set(ids) if isinstance(ids, (list, tuple)) else set() if ids is None else {ids}

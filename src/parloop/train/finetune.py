@@ -13,7 +13,7 @@ from accelerate import PartialState
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-from ..checkpoints import load_config, load_part, local_folder
+from ..checkpoints import check_weights, load_config, load_part, local_folder
 from ..errors import RecipeError
 from ..folder import check_room
 from ..model.configuration import PLTConfig
@@ -42,6 +42,7 @@ def check(recipe: ChatRecipe) -> None:
     except ImportError as error:
         raise RecipeError(f'fine-tuning needs TRL and peft ({error}): pip install "parloop[finetune]".') from error
     _config(recipe)
+    check_weights(recipe.model)
 
 
 def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
@@ -71,7 +72,9 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
                 stops = stop_ids(config, tokenizer, local_folder(recipe.model))
                 prepare(recipe, output, tokenizer, stops, run.console)
     summary = json.loads((output / ROWS / SUMMARY).read_text(encoding="utf-8"))
-    train_rows, validation_rows = (load_from_disk(str(output / ROWS / name)) for name in ("train", "validation"))
+    train_rows = load_from_disk(str(output / ROWS / "train"))
+    held_out = output / ROWS / "validation"
+    validation_rows = load_from_disk(str(held_out)) if held_out.is_dir() else train_rows.select([])
     if len(train_rows) < recipe.batch_size:
         raise RecipeError(
             f"the conversations fill {len(train_rows)} rows of length={recipe.length}, and a step takes batch_size={recipe.batch_size}: "

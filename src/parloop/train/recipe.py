@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from ..corpus import CorpusSettings
 from ..corpus.sources import HUB, INSTALLED, STDLIB
@@ -398,8 +399,15 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not found.is_file():
         raise RecipeError(f"recipe {str(path)!r} is neither a file nor one of the shipped recipes ({', '.join(shipped)}).")
     try:
-        values = yaml.safe_load(found.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(found.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
+    except RecursionError as error:
+        raise RecipeError(f"recipe {str(found)!r} is nested too deeply.") from error
+    except ReaderError as error:
+        kind = "text" if error.encoding == "unicode" else error.encoding.upper()
+        raise RecipeError(
+            f"recipe {str(found)!r} is not {kind} ({error.reason}, position {error.position}): save it as UTF-8."
+        ) from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the others: of values like 2020-99-01
         raise RecipeError(f"recipe {str(found)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {str(found)!r} must be a mapping of fields to values.")
@@ -449,7 +457,7 @@ def _mixture_entry(entry: Any) -> dict[str, Any]:
         )
     try:
         weight = float(entry["weight"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
         raise RecipeError(
@@ -459,6 +467,10 @@ def _mixture_entry(entry: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if name in entry and not isinstance(entry[name], kind):
             raise RecipeError(f"mixture: {name}={entry[name]!r} of {entry['source']!r} must be of type {kind.__name__}.")
+    if not all(isinstance(ending, str) for ending in entry.get("extensions", ())):
+        raise RecipeError(f"mixture: extensions={entry['extensions']!r} of {entry['source']!r} must be endings of files.")
+    if entry.get("max_file_bytes", 1) < 1:
+        raise RecipeError(f"mixture: max_file_bytes={entry['max_file_bytes']} of {entry['source']!r} must be at least 1.")
     return entry | {"weight": weight}
 
 

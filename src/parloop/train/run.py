@@ -11,6 +11,7 @@ import glob
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
         read |= {f"source {entry['source']!r}": entry["source"] for entry in recipe.sources}
     for name, place in read.items():
         # Of a glob, the folder before its first wildcard.
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(place or "").expanduser().parts)
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(os.path.expanduser(place or "")).parts)
         there = Path(*fixed) if place else None
         if there is not None and there.exists() and there.resolve().is_relative_to(output.resolve()):
             raise RecipeError(f"output {str(output)!r} holds what is read ({name}): choose another output.")

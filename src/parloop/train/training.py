@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ..card import CARD
-from ..checkpoints import load_config
+from ..checkpoints import check_weights, load_config
 from ..corpus import Corpus
 from ..errors import RecipeError, SourceError
 from .card import card_of_run
@@ -86,7 +86,7 @@ def _train(
 
         finetune.check(recipe)
     elif recipe.init_from is not None:
-        load_config(recipe.init_from)
+        check_weights(recipe.init_from)
     state = start_processes(recipe)
     console = console or Console(stderr=True, quiet=not state.is_main_process)
     with opened_run(recipe, output, state, fresh, console, on_step, corpus) as run:

@@ -1,0 +1,75 @@
+"""See that a checkpoint's weights are those that its config.json asks for. vLLM's loader lets pass what no file fills: the memory of a
+matrix, or a part of one, stays what it was before; and it cuts off what a matrix has too much."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..model.configuration import GATE, PLTConfig, released_name
+
+COMPUTED = "rotary_emb.inv_freq"  # old Llama files keep it
+HEAD = "lm_head.weight"
+
+
+def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a checkpoint."""
+    D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    attention, mlp = config.attention_bias, config.mlp_bias
+    linear = {
+        "self_attn.q_proj": (H * K, D, attention),
+        "self_attn.k_proj": (G * K, D, attention),
+        "self_attn.v_proj": (G * K, D, attention),
+        "self_attn.o_proj": (D, H * K, config.output_bias),
+        "mlp.gate_proj": (F, D, mlp),
+        "mlp.up_proj": (F, D, mlp),
+        "mlp.down_proj": (D, F, mlp),
+    }
+    norms = {"input_layernorm": D, "post_attention_layernorm": D}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": K, "self_attn.k_norm": K}
+    if config.plt_num_loops > 1:
+        hidden = config.plt_gate_use_hidden_states
+        linear[f"self_attn.{GATE}"] = (H, D if hidden else K, True)
+        norms |= {f"self_attn.{GATE}.gate_norm": D} if hidden else {}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
+    for name, (out, inputs, bias) in linear.items():
+        layer |= {f"{name}.weight": (out, inputs)} | ({f"{name}.bias": (out,)} if bias else {})
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    return shapes if config.tie_word_embeddings else shapes | {HEAD: (V, D)}
+
+
+def checked(
+    weights: Iterable[tuple[str, torch.Tensor]], config: PLTConfig, gates_may_lack: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hand on all weights of a checkpoint, names and tensors.
+
+    Args:
+        gates_may_lack: all of them together: the checkpoint was trained with one loop.
+
+    Raises:
+        ValueError: one has another shape, is left over, or at the end is missing.
+    """
+    is_what = "The checkpoint is not what its config.json says:"
+    shapes, seen = shapes_of(config), set()
+    for given, tensor in weights:
+        name = released_name(given)
+        gate, tied_head = f".{GATE}." in name, name == HEAD and config.tie_word_embeddings
+        if COMPUTED in name or tied_head or (gate and config.plt_num_loops == 1):
+            yield given, tensor
+            continue
+        if name not in shapes:
+            raise ValueError(
+                f"{is_what} the files hold {given}, which a model of this configuration has no place for: correct it."
+            )
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{is_what} {given} has shape {tuple(tensor.shape)}, and not {shapes[name]}: correct it.")
+        seen.add(name)
+        yield given, tensor
+    missing = shapes.keys() - seen
+    if gates_may_lack and not any(f".{GATE}." in name for name in seen):
+        missing = {name for name in missing if f".{GATE}." not in name}
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{is_what} the files lack {min(missing)}{more}: correct it, or take the files that belong to it.")
