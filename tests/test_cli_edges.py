@@ -14,6 +14,7 @@ import torch
 from parloop import cli
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
+from parloop.evaluate.results import EvaluationResult
 from parloop.generate import stream
 from parloop.train import TrainingResult
 from tests.helpers.models import tiny_model
@@ -120,7 +121,7 @@ def test_files_of_a_checkpoint_that_are_no_json_object(checkpoint, tmp_path, nam
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
+    "content", ["[]", "{", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
 )
 def test_generation_settings_of_a_wrong_form(checkpoint, tmp_path, content):
     with pytest.raises(CheckpointError, match=r"generation_config.json"):
@@ -187,7 +188,7 @@ def test_the_next_command_can_be_pasted(parloop, monkeypatch, tmp_path):
         folder=Path("my run; x"),
     )
     monkeypatch.setattr("parloop.train.training.train", lambda *a, **k: result)
-    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: [])
+    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: EvaluationResult([]))
     assert "next:  parloop generate 'my run; x' 'def '" in parloop("train", "quick", "--output", "my run; x")[1]
     server = ("--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
     assert "next:  parloop eval --report 'my results'" in parloop("eval", "bfcl_v3", *server, "--output", "my results")[1]

@@ -62,10 +62,11 @@ def check(result: Result, title: str) -> None:
 def study_result() -> StudyResult:
     time, some = Spread(2.0, 1.0, 3.0), Interval(1.0, 0.5, 1.5)
     costs = Costs(24, time, time, time, CacheBytes(4.0, 8.0), 100)
+    answers = [Answers(1, 0.1, some, some, some, 0.0)]
     row = Row(
-        Arm(2), 10, some, some, some, [1.2, 1.0], 3.0, 0.5, 100, 1e9, 2.0, 50.0, costs, ["r2-seed0"], [[[0, 5.0]]], [[]], "x"
-    )
-    row.answers = [Answers(3, 0.5, some, some, some, 0.0)]
+        Arm(2), 10, some, some, some, [1.2, 1.0], 3.0, 0.5, 100, 1e9, 2.0, 50.0, costs, ["r2-seed0"], [[[0, 5.0]]], [[]], "x",
+        answers,
+    )  # fmt: skip
     verdict = Verdict("Take R = 2.", "It is.")
     return StudyResult([row], "r2", "r2", "r2", verdict, "rule", "tokens", 1, 3, 9, {"a": 1}, {"b": 1}, "parloop", {"c": 1})
 
