@@ -96,8 +96,10 @@ def main() -> None:
         named = "" if error.filename is None else f"{_short(printable(error.filename))!r}: "
         _tell(console, "error:", f"{named}{error.strerror}.")
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        verb, missing = sys.argv[1] if len(sys.argv) > 1 else "", (error.name or "").partition(".")[0]
+    except ImportError as error:
+        cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__  # cyclopts imports a verb's module
+        missing = (getattr(cause, "name", None) or "").partition(".")[0]
+        verb = sys.argv[1] if len(sys.argv) > 1 else ""
         if missing in ("", "parloop") or verb not in EXTRAS:
             raise
         _tell(
