@@ -22,6 +22,7 @@ from parloop.result import Result, not_kept
 from parloop.statistics import Interval
 from parloop.study import Arm, StudyResult
 from parloop.study.results import CacheBytes, Costs, Row, Verdict
+from parloop.study.task import Answers
 from parloop.timing import Spread
 from tests.helpers.models import tiny_model
 from tests.helpers.results import BFCL, HELD_OUT, passed, saved
@@ -64,6 +65,7 @@ def study_result() -> StudyResult:
     row = Row(
         Arm(2), 10, some, some, some, [1.2, 1.0], 3.0, 0.5, 100, 1e9, 2.0, 50.0, costs, ["r2-seed0"], [[[0, 5.0]]], [[]], "x"
     )
+    row.answers = [Answers(3, 0.5, some, some, some, 0.0)]
     verdict = Verdict("Take R = 2.", "It is.")
     return StudyResult([row], "r2", "r2", "r2", verdict, "rule", "tokens", 1, 3, 9, {"a": 1}, {"b": 1}, "parloop", {"c": 1})
 
