@@ -10,7 +10,7 @@ VLLM_READY := .venv-vllm/.ready
 MLX := .venv-mlx/bin
 MLX_READY := .venv-mlx/.ready
 
-.PHONY: study test test-vllm test-mlx test-eval lint docs clean
+.PHONY: study test test-vllm test-mlx test-wheel test-eval lint docs clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
@@ -23,6 +23,9 @@ test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environmen
 
 test-mlx: $(MLX_READY)    ## mlx-lm on the CPU (on a Mac: on its GPU), in an environment of its own
 	$(MLX)/pytest -c tests/mlx/pytest.ini --confcutdir=tests/mlx tests/mlx
+
+test-wheel: $(TEST_READY) ## the wheel in an environment that holds nothing else
+	$(BIN)/pytest -m wheel tests/test_wheel.py
 
 test-eval: $(TEST_READY)  ## the benchmarks' own tools, each in an environment of its own; needs bubblewrap
 	$(BIN)/pytest -m tools tests/evaluate

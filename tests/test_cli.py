@@ -12,6 +12,7 @@ from parloop import cli
 from parloop.corpus.corpus import Corpus
 from parloop.errors import RecipeError
 from parloop.report.terminal import progress_bars
+from parloop.train import Recipe
 
 
 def run(monkeypatch, *arguments):
@@ -76,7 +77,7 @@ def test_the_recorded_command_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "write_report", lambda *a: None)
     monkeypatch.setattr(study, "load_corpus", lambda *a, **k: Corpus(None, None, None, {}, tmp_path))
     monkeypatch.setattr(Corpus, "print_summary", lambda *a: None)
-    study.run_study(cli.Recipe(), tmp_path, console=Console(quiet=True))
+    study.run_study(Recipe(), tmp_path, console=Console(quiet=True))
     assert kept == [f"parloop study 'src/**/*.py' --output {tmp_path}"]
 
 

@@ -14,7 +14,9 @@ import torch
 from parloop import cli
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
+from parloop.evaluate.results import EvaluationResult
 from parloop.generate import stream
+from parloop.train import TrainingResult
 from tests.helpers.models import tiny_model
 
 
@@ -119,7 +121,7 @@ def test_files_of_a_checkpoint_that_are_no_json_object(checkpoint, tmp_path, nam
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
+    "content", ["[]", "{", DEEP, '{"min_new_tokens": "a"}', '{"eos_token_id": "x"}'], ids=lambda text: text[:8]
 )
 def test_generation_settings_of_a_wrong_form(checkpoint, tmp_path, content):
     with pytest.raises(CheckpointError, match=r"generation_config.json"):
@@ -174,9 +176,19 @@ def test_what_is_not_there_under_an_odd_name(parloop, tmp_path, monkeypatch, ver
 
 
 def test_the_next_command_can_be_pasted(parloop, monkeypatch, tmp_path):
-    result = {"steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0, "loss_curve": [[1, 2.0]]}
-    monkeypatch.setattr("parloop.train.pretrain.train", lambda *a, **k: result)
-    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: [])
+    curve = [[1, 2.0]]
+    result = TrainingResult(
+        steps=1,
+        tokens=1,
+        processes=1,
+        seconds=1.0,
+        tokens_per_second=1.0,
+        loss_curve=curve,
+        validation_curve=[],
+        folder=Path("my run; x"),
+    )
+    monkeypatch.setattr("parloop.train.training.train", lambda *a, **k: result)
+    monkeypatch.setattr("parloop.evaluate.run.evaluate", lambda *a: EvaluationResult([]))
     assert "next:  parloop generate 'my run; x' 'def '" in parloop("train", "quick", "--output", "my run; x")[1]
     server = ("--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
     assert "next:  parloop eval --report 'my results'" in parloop("eval", "bfcl_v3", *server, "--output", "my results")[1]
@@ -273,7 +285,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, capfd):
     assert capfd.readouterr().err.strip() == "error: No space left on device."
 
 
-def test_ctrl_c_while_importing_says_nothing(tmp_path):
+def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
     """Of a library that takes long to import."""
     (tmp_path / "transformers").mkdir()
     mark = tmp_path / "imported"
@@ -281,31 +293,26 @@ def test_ctrl_c_while_importing_says_nothing(tmp_path):
     (tmp_path / "transformers" / "__init__.py").write_text(slow)
     places = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
     process = subprocess.Popen(
-        [sys.executable, "-m", "parloop", "--help"],
+        [sys.executable, "-m", "parloop", "train", "--help"],
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": places},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background ignores it
     )
     while not mark.exists():
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (-signal.SIGINT, b"")
+    assert (process.returncode, said) == (130, b"interrupted. Run the same command again to continue.\n")
 
 
 def test_ctrl_c_later_says_how_to_go_on(monkeypatch, capfd):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package leaves it to the command
-    try:
-        monkeypatch.setattr("parloop.generate.stream", interrupted)
-        monkeypatch.setattr(sys, "argv", ["parloop", "generate", "x", "y"])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr("parloop.generate.stream", interrupted)
+    monkeypatch.setattr(sys, "argv", ["parloop", "generate", "x", "y"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
     assert done.value.code == 130
     assert "Run the same command again to continue." in capfd.readouterr().err

@@ -10,12 +10,8 @@ import parloop
 
 SOURCE = Path(parloop.__file__).parent
 OPENERS = ("open", "read_text", "write_text", "fdopen", "TextIOWrapper", "NamedTemporaryFile")
-NOT_OF_TEXT = (
-    "os.open",
-    "Image.open",
-    "webbrowser.open",
-    "write_text",
-)  # the last one is record.py's, which is checked itself
+# The last one is record.py's, which is checked itself.
+NOT_OF_TEXT = ("os.open", "Image.open", "webbrowser.open", "write_text")
 
 
 def without_encoding(text: str) -> list[str]:

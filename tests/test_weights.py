@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,8 @@ from parloop.checkpoints import check_weights, load_config, load_model
 from parloop.corpus import train_tokenizer
 from parloop.errors import CheckpointError
 from parloop.train import Recipe
-from parloop.train.checkpoint import load_base
+from parloop.train.checkpoint import STATE, load_base, load_weights
+from parloop.train.export import export
 from parloop.train.sharding import empty_model, start_processes
 from tests.helpers.models import tiny_model
 
@@ -152,6 +154,32 @@ def test_every_verb_refuses_them(checkpoint, tmp_path, monkeypatch, capsys, argu
     assert "model.layers.1.mlp.up_proj.weight" in said.err
     assert "LOAD REPORT" not in said.err
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder}
+
+
+def test_a_checkpoint_of_a_run_that_lacks_weights_is_not_exported(checkpoint, tmp_path):
+    folder = changed(checkpoint, tmp_path / "checkpoint-4", without("layers.1.mlp.up_proj"))
+    (folder / STATE).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"lack model\.layers\.1\.mlp\.up_proj"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (without("layers.1.self_attn.q_proj.lora_A"), r"layers\.1\.self_attn\.q_proj\.lora_A\.weight, of shape \(4, 32\)"),
+        (with_(base_model__foo__lora_A__weight=torch.ones(1)), r"base_model\.foo\.lora_A\.weight, of shape \(1,\)"),
+    ],
+)
+def test_adapters_of_a_run_that_are_not_its_own(tmp_path, change, told):
+    adapters = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    model = get_peft_model(tiny_model(dtype=torch.float32), adapters)
+    model.save_pretrained(tmp_path)
+    load_weights(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(CheckpointError, match=rf"its adapters are not the run's: see .*{told}"):
+        load_weights(model, tmp_path)
 
 
 def test_the_library_alone_reports_and_loads(checkpoint, tmp_path, caplog):

@@ -1,17 +1,9 @@
 """parloop: the Parallel Loop Transformer in stock transformers. Importing it registers `model_type: iquestpltcoder`."""
 
-import os.path
-import signal
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Imports take seconds. Until the command's main is reached, Ctrl-C ends it as it ends other programs, without a traceback.
-_started = "".join(sys.orig_argv[-len(sys.argv) :][:1])  # the word of the command line that says what is run
-if os.path.basename(_started) == "parloop" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from .registration import register, too_old  # noqa: E402
+from .registration import register, too_old
 
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis, diagnose

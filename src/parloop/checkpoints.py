@@ -1,4 +1,4 @@
-"""Load PLT checkpoints: configuration, model, tokenizer, files."""
+"""Load PLT checkpoints: configuration, model, tokenizer, files. One whose weights are not what its configuration asks for is refused."""
 
 import contextlib
 import json
@@ -122,7 +122,10 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
 
 
 def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
-    """Raises CheckpointError: weights are missing, left over, or of another shape than config.json says."""
+    """Raises CheckpointError: weights are missing, left over, or of another shape than config.json says. ValueError: settings for
+    generation are no JSON; transformers would go on without them, and not know where a text ends."""
+    if reason := _no_json_object(Path(checkpoint), ("generation_config.json",)):
+        raise ValueError(reason)
     with _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 
 def environment() -> dict[str, Any]:
     """The machine and the versions."""
+    import torch
+    import transformers
+
     from . import __version__
 
     cpu = platform.processor() or platform.machine()

@@ -118,7 +118,7 @@ AFTER: dict[str, Callable[[], None]] = {
 }
 
 
-QUIET = ("torchao",)  # without a GPU it warns of every GPU library that it could not load, whoever imports it
+QUIET = ("torchao",)  # packages: without a GPU it warns of every GPU library that it could not load, whoever imports it
 
 
 class _OnImport(MetaPathFinder):
@@ -129,7 +129,8 @@ class _OnImport(MetaPathFinder):
         self.asked: set[str] = set()  # names that the other finders are asked for
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name in self.asked or (name not in self.after and name not in self.quiet):
+        quiet = name.partition(".")[0] in self.quiet
+        if name in self.asked or (name not in self.after and not quiet):
             return None
         self.asked.add(name)
         try:
@@ -141,7 +142,7 @@ class _OnImport(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: Any) -> None:
-            with _without_warnings() if name in self.quiet else nullcontext():
+            with _without_warnings() if quiet else nullcontext():
                 execute(module)
             self.after.pop(name, lambda: None)()
 
@@ -159,10 +160,19 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(level)
 
 
+_hook = _OnImport({}, QUIET)
+
+
 def register() -> None:
     """Make all registrations, now or when their time comes. Called by `import parloop`."""
-    later = dict(AFTER)
-    for name in AFTER:
-        if name in sys.modules:
-            later.pop(name)()
-    sys.meta_path.insert(0, _OnImport(later, QUIET))
+    sys.meta_path.insert(0, _hook)
+    for name, function in AFTER.items():
+        when_imported(name, function)
+
+
+def when_imported(name: str, function: Callable[[], None]) -> None:
+    """Call a function after a module was imported; now, if it was."""
+    if name in sys.modules:
+        function()
+    else:
+        _hook.after[name] = function

@@ -12,7 +12,7 @@ from ..errors import OutputError
 def default_cache() -> Path:
     """`PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
     base = os.environ.get("PARLOOP_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "parloop")
-    return Path(base).expanduser()
+    return Path(os.path.expanduser(base))
 
 
 def cache_folder(name: str, console: Console, cache: Path | None = None) -> Path:

@@ -122,7 +122,7 @@ def scissors(diagnoses: Named) -> Figure:
 def refinement_shares(diagnoses: Named) -> Figure:
     """Bars: loops' shares of output shift, of attention KL, and of tokens."""
     looped = {label: d for label, d in diagnoses.items() if d.loops > 1}
-    figure, grid = panels(1, len(looped), (max(6.4, 3.2 * len(looped)), 3.6), sharey=True)
+    figure, grid = panels(1, len(looped), (max(9.6 if len(looped) > 1 else 6.4, 3.2 * len(looped)), 3.6), sharey=True)
     for axes, (label, d) in zip(np.atleast_1d(grid).flat, looped.items()):
         loops = np.arange(2, d.loops + 1)
         for i, lens in enumerate(SHARES):

@@ -11,6 +11,7 @@ import torch
 from ..checkpoints import load_model
 from ..errors import RecipeError
 from ..model.modeling import PLTForCausalLM
+from .checkpoint import load_weights
 from .recipe import ChatRecipe
 
 ADAPTER = "adapter"  # their folder in the run's
@@ -39,13 +40,18 @@ def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] 
 
     Args:
         trained_loops: the loop counts that the adapter was trained at, if they are several.
+
+    Raises:
+        CheckpointError: the adapter is not whole, or is another base's.
     """
     from peft import PeftModel
 
     model: Any = load_model(base, "cpu")
     model.config.plt_trained_loops = trained_loops
     with quiet():
-        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+        adapted: Any = PeftModel.from_pretrained(model, adapter)
+        load_weights(adapted, adapter)  # raises: some are missing; peft would warn only
+        adapted.merge_and_unload().save_pretrained(out)
 
 
 @contextlib.contextmanager

@@ -87,9 +87,19 @@ def load_weights(model: Any, folder: Path) -> None:
         CheckpointError: the files lack a weight, hold others than the model's, or cannot be read.
     """
     if _has_adapter(model):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        given = load_file(folder / "adapter_model.safetensors")
+        held, asked = (
+            {(name, tuple(tensor.shape)) for name, tensor in state.items() if ".lora_" in name}
+            for state in (given, get_peft_model_state_dict(model, save_embedding_layers=False))
+        )
+        if held != asked:  # peft would leave those that are missing as they begin
+            name, shape = min(held ^ asked)
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r}: its adapters are not the run's: see {name}, of shape {shape}."
+            )
+        set_peft_model_state_dict(model, given)
         return
     reader = HuggingFaceStorageReader(str(folder))
     try:

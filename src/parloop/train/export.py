@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..card import CARD
-from ..checkpoints import load_config
+from ..checkpoints import check_weights, load_config
 from ..errors import CheckpointError
 from ..folder import check_room, new_folder
 from .adapters import merge_adapter
@@ -25,7 +25,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         out: folder to make.
 
     Raises:
-        CheckpointError: it is no whole checkpoint.
+        CheckpointError: it is no whole checkpoint, or its weights are not what its config.json says.
         OutputError: the folder is not empty, or cannot be written.
     """
     from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
@@ -33,6 +33,8 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
         raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
+    if (checkpoint / "model.safetensors").is_file():
+        check_weights(checkpoint)
     recipe_file = checkpoint.parent / "recipe.yaml"
     with new_folder(out) as scratch:
         weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))

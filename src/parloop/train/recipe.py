@@ -443,7 +443,7 @@ def _found(given: str, folder: Path) -> str | None:
     if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB) or is_task(given):
         return None
     try:
-        path = folder / Path(given).expanduser()
+        path = folder / os.path.expanduser(given)
         there = path.exists() or (glob.has_magic(given) and next(glob.iglob(str(path), recursive=True), None) is not None)
     except (OSError, ValueError, RuntimeError):  # no name of a file, nobody's home
         return None

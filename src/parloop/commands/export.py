@@ -1,0 +1,33 @@
+"""`parloop export`."""
+
+from .options import Output
+from .terminal import terminal
+
+
+def export(checkpoint: str, /, *, out: Output, to: str = "transformers", bits: int | None = None) -> None:
+    """Write a run's checkpoint, of one process or of many, as a model that any tool loads; or a PLT for another engine.
+
+    (A run that is finished has its model in its folder.)
+
+    Example: parloop export runs/train/gpu-r2/checkpoint-500 --out after-500-steps
+
+    For Macs: parloop export CHECKPOINT --to mlx --bits 4 --out for-my-mac
+
+    Parameters
+    ----------
+    checkpoint
+        Folder checkpoint-N of a run; for other forms than transformers also any PLT, a folder or a Hub name.
+    out
+        Folder to make.
+    to
+        transformers; mlx: a folder that mlx-lm runs without parloop; gguf: a file that no engine runs yet, for who writes one.
+    bits
+        For mlx and gguf: quantise to 8 or 4 bits, but for gates and norms. Default: the weights as they are; in gguf, float32.
+    """
+    from ..export.export import export as run
+    from ..export.gguf import WARNING
+
+    folder = run(checkpoint, out, to=to, bits=bits)
+    terminal().print(f"model: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if to == "gguf":
+        terminal().print(WARNING, style="yellow", highlight=False, markup=False)
