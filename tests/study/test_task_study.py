@@ -186,7 +186,7 @@ def test_figures_put_controls_beside_the_loops_they_are_of(study):
     assert columns([Arm(1), Arm(2)]) == {"R": ["1", "2"]}
     figure = answers_by_group(study[1])
     assert len(figure.axes) == 3
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
+    assert [tick.get_text() for tick in figure.axes[-1].get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_intervals_cover_seeds(study):
