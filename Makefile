@@ -15,8 +15,8 @@ MLX_READY := .venv-mlx/.ready
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
 
-test: $(TEST_READY)       ## the whole suite
-	$(BIN)/pytest
+test: $(TEST_READY)       ## the whole suite, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
 	$(VLLM)/pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm

@@ -397,7 +397,11 @@ def test_other_packages_are_another_environment(monkeypatch, tmp_path):
     assert len(folders) == 3
 
 
-@pytest.mark.parametrize("environment", {e for b in benchmarks().values() for e in b.environments}, ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "environment",
+    sorted({e for b in benchmarks().values() for e in b.environments}, key=lambda e: e.name),
+    ids=lambda e: e.name,
+)
 def test_every_environment_is_pinned(environment):
     lines = environments.requirements(environment).read_text().splitlines()
     packages = [line for line in lines if line.strip() and not line.startswith("#")]

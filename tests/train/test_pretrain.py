@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -868,3 +869,34 @@ def test_a_source_that_is_not_there_names_the_recipe(tmp_path, monkeypatch, caps
         assert "source 'nowhere/at/all': no such file or folder" in said
         assert "(recipe 'mine.yaml')" in said
     assert not (tmp_path / "study").exists()
+
+
+def test_branch_scaling_is_a_factor_at_every_branch(recipe, corpus, tmp_path, monkeypatch):
+    """Against a model that multiplies what it adds to the stream, trained as ever: same losses, and no factor is left in the model."""
+    settings = {"loops": 2, "tokens": 8 * 4 * 32, "max_grad_norm": 1e9}  # clipping goes by the gradients, which differ
+    ours = train(changed(recipe, branch_scaling="loops", **settings), tmp_path / "ours", corpus=corpus, console=QUIET)
+
+    def scaled(*arguments):
+        model = build_model(*arguments)
+        for name, module in model.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                module.register_forward_hook(lambda _, inputs, output: output * 2**-0.5)
+        return model
+
+    plain = train(changed(recipe, **settings), tmp_path / "plain", corpus=corpus, console=QUIET)
+    monkeypatch.setattr("parloop.train.pretrain.build_model", scaled)
+    theirs = train(changed(recipe, **settings), tmp_path / "theirs", corpus=corpus, console=QUIET)
+    np.testing.assert_allclose(ours.loss_curve, theirs.loss_curve, rtol=1e-4)
+    assert abs(ours.loss_curve[-1][1] - plain.loss_curve[-1][1]) > 1e-3
+    weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(weights[name], others[name] * 2**-0.5, rtol=1e-2, atol=1e-5)
+
+
+def test_branch_scaling_of_one_loop_changes_nothing(recipe, corpus, tmp_path):
+    settings = {"loops": 1, "tokens": 4 * 4 * 32}
+    one, other = (
+        train(changed(recipe, branch_scaling=scaling, **settings), tmp_path / scaling, corpus=corpus, console=QUIET)
+        for scaling in ("none", "loops")
+    )
+    assert one.loss_curve == other.loss_curve

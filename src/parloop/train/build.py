@@ -26,7 +26,7 @@ def build_model(recipe: Recipe, tokenizer: Any = None, state: PartialState | Non
     config = recipe.plt_config(tokenizer) if recipe.init_from is None else _config_to_go_on_from(recipe, tokenizer)
     model = empty_model(config, recipe, state or PartialState(cpu=True))
     if recipe.init_from is None:
-        fill(model, initial_weights(model, recipe.seed))
+        fill(model, initial_weights(model, recipe.seed, branch_scale(recipe)))
     else:
         load_base(model, local_folder(recipe.init_from))
     model.model.checkpoint_loops = recipe.gradient_checkpointing in ("loop", "both")
@@ -54,7 +54,20 @@ def _config_to_go_on_from(recipe: Recipe, tokenizer: Any) -> PLTConfig:
     return config
 
 
-def initial_weights(model: PLTForCausalLM, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+INTO_THE_STREAM = ("o_proj.weight", "down_proj.weight")
+
+
+def branch_scale(recipe: Recipe) -> float:
+    """Return the factor by which a recipe starts and trains the projections into the residual stream: 1, or R^(-1/2).
+
+    Adam moves a weight by the learning rate, whatever its gradient. A shared weight is added to the stream by R visits, so one step moves
+    the stream R times as far. It is what a factor of R^(-1/2) at every branch does (as depth-muP has it for layers, arXiv 2310.02244),
+    without one in the model.
+    """
+    return max(recipe.loop_counts) ** -0.5 if recipe.branch_scaling == "loops" else 1.0
+
+
+def initial_weights(model: PLTForCausalLM, seed: int, branch_scale: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
     """The name and value of every weight of a new model.
 
     Normal weights of standard deviation `initializer_range`; the projections into the residual stream smaller by
@@ -73,8 +86,8 @@ def initial_weights(model: PLTForCausalLM, seed: int) -> Iterator[tuple[str, tor
         value = torch.zeros(parameter.shape)
         if name in random:
             value.normal_(0.0, config.initializer_range, generator=generator)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                value *= (2 * visits) ** -0.5
+            if name.endswith(INTO_THE_STREAM):
+                value *= branch_scale * (2 * visits) ** -0.5
         elif "norm" in name.rsplit(".", 2)[-2]:
             value.fill_(1.0)
         yield name, value

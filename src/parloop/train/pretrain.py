@@ -11,7 +11,7 @@ from ..corpus import Corpus, collate
 from ..corpus.stream import what_was_read
 from ..corpus.tasks import is_task, task_of
 from ..folder import check_room
-from .build import build_model
+from .build import branch_scale, build_model
 from .callbacks import HiddenScaleWarmup
 from .checkpoint import save_model
 from .data import TextData
@@ -53,6 +53,7 @@ def pretrain(run: Run, recipe: Recipe, corpus: Corpus | None = None) -> Training
         processing_class=data.tokenizer,
     )
     trainer.loop_counts = recipe.loop_counts if len(recipe.loop_counts) > 1 else None
+    trainer.branch_scale = branch_scale(recipe)
     trainer.stream = data.stream
     if recipe.hidden_scale_warmup_share and recipe.num_loops > 1:
         steps = max(1, round(recipe.hidden_scale_warmup_share * recipe.steps))

@@ -181,6 +181,10 @@ class Recipe(RunSettings):
     normalize_per_loop: bool = _(True, "final norm after every loop, not only the last")
     emb_scale: float | None = _(None, "a in a * E + c * shift(h); default: the square root of 1/2")
     hidden_scale: float | None = _(None, "c in a * E + c * shift(h); default: such that both terms start equally large")
+    branch_scaling: str = _(
+        "none",
+        "loops: the projections into the residual stream (o_proj, down_proj) start, and learn, smaller by R^(-1/2); the model is the same (docs/log.md)",
+    )
     hidden_scale_warmup_share: float = _(
         0.0, "share of the steps over which c grows from 0 to its value: for models that were converted"
     )
@@ -360,6 +364,7 @@ BOUNDS = {
 }  # fmt: skip
 CHOICES = {
     "attention": ("sdpa", "eager", "flex_attention"),
+    "branch_scaling": ("none", "loops"),
     "gate": ("hidden", "query"),
     "long_reasoning": ("drop", "cut"),
     "precision": ("auto", "float32", "bfloat16"),

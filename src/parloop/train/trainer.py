@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ..errors import TrainingDivergedError
+from .build import INTO_THE_STREAM
 from .checkpoint import load_optimizer, load_weights, save_optimizer, save_weights
 from .objective import Objective, next_token
 from .recipe import RunSettings
@@ -23,6 +24,7 @@ class LoopedTraining:
     """Mixin of Trainers for PLTs. It goes before Trainer, or a subclass of it, among the bases."""
 
     loop_counts: list[int] | None = None  # several: another one at every step
+    branch_scale: float = 1.0  # of the learning rate of projections into the residual stream
     stream: Any = None  # the loader of a mixture, whose place in the data is saved
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -73,6 +75,17 @@ class LoopedTraining:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         # Adapters are matrices all, and torch cannot restore a group without parameters.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if self.branch_scale != 1.0:
+            slow = {id(p) for name, p in self.model.named_parameters() if name.endswith(INTO_THE_STREAM)}
+            for group in list(optimizer.param_groups):
+                chosen = [p for p in group["params"] if id(p) in slow]
+                if chosen:  # decay stays what it was, relative to the weights
+                    group["params"] = [p for p in group["params"] if id(p) not in slow]
+                    smaller = {
+                        "lr": group["lr"] * self.branch_scale,
+                        "weight_decay": group["weight_decay"] / self.branch_scale,
+                    }
+                    optimizer.param_groups.append(group | {"params": chosen} | smaller)
         return optimizer
 
     # Checkpoints
