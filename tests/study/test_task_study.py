@@ -13,7 +13,7 @@ from parloop.corpus.tasks import task_of
 from parloop.errors import RecipeError, SourceError
 from parloop.statistics import Interval
 from parloop.study import Arm, StudyResult, run_study
-from parloop.study.arms import lines
+from parloop.study.arms import columns, lines
 from parloop.study.figures import answers_by_group
 from parloop.study.summary import verdict
 from parloop.study.task import Answers, answers_of, solved_up_to
@@ -84,6 +84,9 @@ def test_the_result_is_read_back_and_shown(study):
     assert "held-out loss in bits per answer" in text
     assert "answers that are right (chance 9%, 9%" in text
     assert "solved" in text
+    assert "deep 2" in text
+    assert "compute 2" in text
+    assert "…" not in text
     page = (folder / "report.html").read_text()
     assert "Which answers are right" in page
     assert 'id="figure-answers"' in page
@@ -169,15 +172,21 @@ def test_the_verdict_says_what_is_solved_and_how_many_layers_loops_are_worth(stu
     assert "R = 2: nothing;" in verdict(rows, rows[0], rows[2], rows[2], "tokens", 3, "hops").evidence
 
 
+def test_the_verdict_says_when_nothing_is_solved(study):
+    assert "No loop count has 90% of even the easiest answers right: train longer" in study[1].verdict.evidence
+
+
 def test_figures_put_controls_beside_the_loops_they_are_of(study):
     found = [Arm(1), Arm(2), Arm(1, layers=2), Arm(1, compute_of=2), Arm(3), Arm(1, layers=3)]
     assert lines(found) == {
         "": [0, 1, 4], "R times the layers instead": [2, 5], "one loop, as much training compute": [3],
     }  # fmt: skip
     assert [arm.place for arm in found] == [1, 2, 2, 2, 3, 3]
+    assert columns(found) == {"R": list("121131"), "control": ["", "", "deep 2", "compute 2", "", "deep 3"]}
+    assert columns([Arm(1), Arm(2)]) == {"R": ["1", "2"]}
     figure = answers_by_group(study[1])
     assert len(figure.axes) == 3
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
+    assert [tick.get_text() for tick in figure.axes[-1].get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_intervals_cover_seeds(study):

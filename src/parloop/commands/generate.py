@@ -43,7 +43,7 @@ def generate(
     seed
         Seed of the sampling.
     think_budget
-        Tokens of reasoning between <think> and </think>; it is closed then, and the answer follows. Default: as many as the model writes.
+        Tokens of reasoning, from its opening tag on; it is closed then, and the answer follows. Default: as many as the model writes.
     device
         auto, cpu or cuda.
     dtype

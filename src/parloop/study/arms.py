@@ -12,7 +12,7 @@ def _differs(column: str, label: str, folder: str, **options: Any) -> Any:
     """Make a field of an arm.
 
     Args:
-        column: its title in tables.
+        column: its title in tables; empty where another column tells it.
         label: its part of an arm's label; {} is the value.
         folder: its part of the names of runs' folders.
         options: of `dataclasses.field`, a default for every field but the first: an arm at its default does not name the field.
@@ -32,13 +32,20 @@ class Arm:
     """
 
     loops: int = _differs("R", "R = {}", "r{}")
-    layers: int = _differs("layers", "{} times the layers", "x{}", default=1)
-    compute_of: int = _differs("compute of R", "the training compute of R = {}", "c{}", default=0)
+    layers: int = _differs("", "{} times the layers", "x{}", default=1)
+    compute_of: int = _differs("", "the training compute of R = {}", "c{}", default=0)
 
     @property
     def is_control(self) -> bool:
         """Whether it is there to be compared with, and not to be chosen."""
         return self.layers > 1 or self.compute_of > 0
+
+    @property
+    def control(self) -> str:
+        """What it is the control of, as the option --control names it: deep 2."""
+        if not self.is_control:
+            return ""
+        return f"deep {self.layers}" if self.layers > 1 else f"compute {self.compute_of}"
 
     @property
     def place(self) -> int:
@@ -77,9 +84,9 @@ def columns(arms: Sequence[Arm]) -> dict[str, list[str]]:
     shown = {}
     for number, field in enumerate(dataclasses.fields(Arm)):
         cells = [str(getattr(arm, field.name)) for arm in arms]
-        if number == 0 or len(set(cells)) > 1:
+        if number == 0 or (len(set(cells)) > 1 and field.metadata["column"]):
             shown[field.metadata["column"]] = cells
-    return shown
+    return shown | ({"control": [arm.control for arm in arms]} if any(arm.is_control for arm in arms) else {})
 
 
 def lines(arms: Sequence[Arm]) -> dict[str, list[int]]:

@@ -41,7 +41,8 @@ def loss_curves(result: StudyResult) -> Figure:
     final = [curve[-1][1] for row in result.rows for curve in row.validation_curves if curve]
     if final:
         axes.set_ylim(min(final) - 0.1, max(final) + 2.0)
-    legend_of(figure, axes, title="validation; thin: training" if final else "training")
+    columns = {"ncols": 2} if several else {}  # longer labels
+    legend_of(figure, axes, title="validation; thin: training" if final else "training", **columns)
     return figure
 
 
@@ -111,7 +112,7 @@ def cost_against_loops(result: StudyResult) -> Figure:
 def answers_by_group(result: StudyResult) -> Figure:
     """Share of answers that are right, by length, hops or level, with intervals and chance; a panel for each line of arms."""
     by_line = _lines(result)
-    figure, grid = panels(1, len(by_line), (max(6.4, 4.4 * len(by_line)), 4.4), sharey=True)
+    figure, grid = panels(len(by_line), 1, (6.4, 4.4 if len(by_line) == 1 else 3.2 * len(by_line)), sharex=True)
     for axes, (name, rows) in zip(np.atleast_1d(grid).flat, by_line.items()):
         groups = [group.group for group in rows[0].answers]
         for row in rows:
@@ -123,12 +124,11 @@ def answers_by_group(result: StudyResult) -> Figure:
         axes.plot(range(len(groups)), chance, color="black", linestyle=":", linewidth=1, label="chance")
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel(result.group_unit)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name or ("loops" if len(by_line) > 1 else ""), fontsize=10)
         if len(by_line) > 1:
             axes.legend(fontsize=8)
-    first = np.atleast_1d(grid).flat[0]
-    first.set_ylabel("answers that are right (share)")
+        axes.set_ylabel("answers that are right (share)")
+    axes.set_xlabel(result.group_unit)
     if len(by_line) == 1:
-        legend_of(figure, first)
+        legend_of(figure, axes)
     return figure

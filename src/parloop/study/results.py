@@ -174,7 +174,9 @@ class StudyResult(Result):
             "loss": [_shown(row.bits_per_byte) for row in rows],
             f"difference\nto {base.arm.label}": ["" if row is base else _shown(row.difference_to_base, "+") for row in rows],
             "read out after each loop": [", ".join(f"{bits:.2f}" for bits in row.bits_per_byte_after_loop) for row in rows],
-            "next\ntoken": [f"{100 * row.next_token_accuracy:.1f}%" for row in rows],
+            "answers\nright" if rows[0].answers else "next\ntoken": [
+                f"{100 * row.next_token_accuracy:.1f}%" for row in rows
+            ],
         }
         return self._table(f"what each loop count gives: held-out loss in {self.unit}, with 95% intervals", cells)
 

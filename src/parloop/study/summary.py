@@ -145,6 +145,8 @@ def verdict(rows: list[Row], base: Row, best: Row, chosen: Row, match: str, seed
 def _of_task(rows: list[Row], unit: str) -> str:
     """Say what is solved at which loop count."""
     solved = [(row.arm.label, solved_up_to(row.answers)) for row in rows if not row.arm.is_control]
+    if not any(group for _, group in solved):
+        return f"No loop count has {SOLVED:.0%} of even the easiest answers right: train longer before one is chosen. "
     told = "; ".join(f"{label}: " + ("nothing" if group is None else f"up to {unit} {group}") for label, group in solved)
     return f"At least {SOLVED:.0%} of the answers are right with {told}. "
 
