@@ -495,8 +495,9 @@ def test_a_failure_in_the_middle_is_told_in_the_stream(stub):
         raise RuntimeError('out of "memory"\nat last')
 
     stub.generate = generate
-    with pytest.raises(openai.InternalServerError):
-        stub.client.chat.completions.create(model="stub", messages=HELLO)
+    for _ in range(5):  # on one connection, which a failure does not end
+        with pytest.raises(openai.InternalServerError):
+            stub.client.chat.completions.create(model="stub", messages=HELLO)
     pieces = []
     with pytest.raises(openai.APIError, match='out of "memory"\nat last'):
         pieces.extend(stub.client.chat.completions.create(model="stub", messages=HELLO, stream=True))

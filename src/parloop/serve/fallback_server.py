@@ -134,14 +134,16 @@ class Reply:
         self.head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
     async def to(self, request: Request, stream: bool) -> Response:
-        """Raises what generate() raised, before a stream begins. If the client leaves, it writes no more."""
+        """Answer, or say what generate() raised before a stream began. If the client leaves, write no more."""
         pieces = self.writer.pieces()
         answering = asyncio.ensure_future(self._stream(pieces) if stream else self._whole(pieces))
         leaving = asyncio.ensure_future(_left(request))
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
         if answering.done():
-            return answering.result()
+            # Not raised: of what it does not know, Starlette answers and raises again, and the server hangs up without saying so.
+            error = answering.exception()
+            return answering.result() if not isinstance(error, Exception) else await _refuse(request, error)
         answering.cancel()
         return Response(status_code=499)  # to nobody
 
