@@ -127,7 +127,8 @@ def test_exported_shards_and_transformers_read_the_same(tmp_path):
     ],
 )
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(tmp_path, changes, options, told):
-    folder = random_checkpoint(tmp_path / "in")
+    shape = {name: value for name, value in changes.items() if name == "intermediate_size"}  # of the weights, too
+    folder = random_checkpoint(tmp_path / "in", **shape)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=told):
