@@ -113,8 +113,8 @@ def test_evalplus_against_our_server(checkpoint, tmp_path):
     )  # fmt: skip
     one, two = evaluate(request, QUIET)
     assert [result.model.name for result in (one, two)] == ["tiny@1", "tiny@2"]
-    assert one["value"] == two["value"] == 0.0
-    assert one["settings_hash"] == two["settings_hash"]
+    assert one.value == two.value == 0.0
+    assert one.settings_hash == two.settings_hash
     assert one.model.hash == two.model.hash
     assert one.model.engine == f"transformers {transformers.__version__}"
     assert two.cost["requests"] >= 1
@@ -308,11 +308,11 @@ def test_lm_eval_asks_what_we_ask(on_a_task, tmp_path, source):
         said = [int(document.labels[place]) for place in places]
         nll = -sum(float(log_p[place - 1, token]) for place, token in zip(places, said)) / np.log(2)
         text = encode.tokenizer.decode(said)
-        item = result["items"][str(number * len(task.groups) + task.groups.index(group))]
+        item = result.items[str(number * len(task.groups) + task.groups.index(group))]
         assert item == pytest.approx(nll / len(f" {text}".encode()), abs=1e-4)
         right[group].append(all(int(log_p[place - 1].argmax()) == token for place, token in zip(places, said)))
     for group, share in right.items():
-        (part,) = [value for name, value in result["parts"].items() if name.startswith(f"exact match, {task.unit} {group} ")]
+        (part,) = [value for name, value in result.parts.items() if name.startswith(f"exact match, {task.unit} {group} ")]
         assert part == pytest.approx(100 * np.mean(share))
 
 
