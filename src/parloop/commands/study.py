@@ -21,6 +21,7 @@ def study(
     match: str = "tokens",
     control: Annotated[list[str] | None, Many] = None,
     sweep: Annotated[list[str] | None, Many] = None,
+    jobs: int | None = None,
     output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
@@ -50,12 +51,15 @@ def study(
     sweep
         Fields of the recipe that models differ in beside the loop count, with their values: --sweep learning_rate=1e-3,3e-3 branch_scaling=none,loops
         trains every combination.
+    jobs
+        Runs at a time. Default: one on a GPU, else one for each thread that torch may use, and at most 4.
     output
         Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default, and the fields of a sweep.
     fresh
         Delete the runs in the folder and start over.
     """
     from ..study import run_study
+    from ..study.jobs import default_jobs
 
     changes = given(overrides) | ({} if source is None else {"source": source})
     console = terminal()
@@ -68,6 +72,7 @@ def study(
         match=match,
         controls=control,
         sweep=sweep,
+        jobs=default_jobs(str(changes.get("device"))) if jobs is None else jobs,
         changes=changes,
         console=console,
         fresh=fresh,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..train.result import TrainingResult
 from ..train.task_accuracy import TaskAccuracy, task_accuracy
 from ..train.training import train
 from .arms import Arm
+from .jobs import side_by_side
 from .task import TaskCorpus
 
 INSTANCES = 256  # held-out questions of every group of a task
@@ -89,29 +91,71 @@ def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: in
 
 
 def train_all(
-    runs: list[Run], output: Path, corpus: Corpus | TaskCorpus, document_chars: int, console: Console, fresh: bool
+    runs: list[Run],
+    output: Path,
+    corpus: Corpus | TaskCorpus,
+    document_chars: int,
+    console: Console,
+    fresh: bool,
+    jobs: int = 1,
 ) -> None:
-    """Train, evaluate and diagnose every run in a folder of its own. What is there already is kept."""
+    """Train, evaluate and diagnose every run in a folder of its own. What is there already is kept.
+
+    Args:
+        jobs: runs at a time.
+    """
+    work = partial(finish, output=output, corpus=corpus, document_chars=document_chars, fresh=fresh)
     with progress_bars(console) as progress:
-        whole = progress.add_task("study", total=sum(run.flops for run in runs), loss="")
-        for number, run in enumerate(runs, 1):
-            label = f"run {number} of {len(runs)}: {run.arm.label}" + ("" if runs[-1].first else f", seed {run.seed}")
-            task = progress.add_task(label, total=run.recipe.steps, loss="")
-            on_step = partial(_show, progress, task, whole, progress.tasks[whole].completed, run)
-            prepared = corpus if isinstance(corpus, Corpus) else None
-            run.training = train(
-                run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh
-            )
-            on_step(run.recipe.steps, run.training.loss_curve[-1][1])
-            look_at(run, output / run.name, corpus, document_chars, console)
+        bars = Bars(progress, runs)
+        if jobs > 1:
+            finished = side_by_side(work, runs, jobs, bars.show, console)
+            for run, other in zip(runs, finished):
+                vars(run).update(vars(other))
+        else:
+            for number, run in enumerate(runs):
+                work(run, console=console, on_step=partial(bars.show, number))
 
 
-def _show(progress: Progress, task: TaskID, whole: TaskID, before: float, run: Run, step: int, loss: float) -> None:
-    """Move the bars of a run and of the study, which stood at `before` when the run began."""
-    progress.update(task, completed=step)
-    progress.update(whole, completed=before + step * run.flops / run.recipe.steps)
-    if loss == loss:
-        progress.update(task, loss=f"loss {loss:.3f}")
+def finish(
+    run: Run,
+    output: Path,
+    corpus: Corpus | TaskCorpus,
+    document_chars: int,
+    fresh: bool,
+    console: Console,
+    on_step: Callable[[int, float], None],
+) -> Run:
+    """Train a run, evaluate it, and look at it if it is the first of its arm. Returns the run, with what was found."""
+    on_step(0, float("nan"))
+    prepared = corpus if isinstance(corpus, Corpus) else None
+    run.training = train(run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh)
+    on_step(run.recipe.steps, run.training.loss_curve[-1][1])
+    look_at(run, output / run.name, corpus, document_chars, console)
+    return run
+
+
+class Bars:
+    """A progress bar for the study, and one for every run that has begun."""
+
+    def __init__(self, progress: Progress, runs: list[Run]):
+        self.progress, self.runs = progress, runs
+        self.whole = progress.add_task("study", total=sum(run.flops for run in runs), loss="")
+        self.tasks: dict[int, TaskID] = {}
+        self.steps = [0] * len(runs)
+
+    def show(self, number: int, step: int, loss: float) -> None:
+        """Move the bars: run `number` has made so many steps. A loss that is not known is NaN."""
+        run = self.runs[number]
+        if number not in self.tasks:
+            seed = "" if self.runs[-1].first else f", seed {run.seed}"
+            label = f"run {number + 1} of {len(self.runs)}: {run.arm.label}{seed}"
+            self.tasks[number] = self.progress.add_task(label, total=run.recipe.steps, loss="")
+        self.steps[number] = step
+        done = sum(own.flops * steps / own.recipe.steps for own, steps in zip(self.runs, self.steps))
+        self.progress.update(self.whole, completed=done)
+        self.progress.update(self.tasks[number], completed=step)
+        if loss == loss:
+            self.progress.update(self.tasks[number], loss=f"loss {loss:.3f}")
 
 
 def look_at(run: Run, folder: Path, corpus: Corpus | TaskCorpus, document_chars: int, console: Console) -> None:

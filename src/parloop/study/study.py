@@ -42,6 +42,7 @@ def run_study(
     sweep: list[str] | None = None,
     changes: dict[str, Any] | None = None,
     document_chars: int = 3000,
+    jobs: int = 1,
     console: Console | None = None,
     command: str | None = None,
     fresh: bool = False,
@@ -59,6 +60,7 @@ def run_study(
         sweep: fields of the recipe that models differ in beside the loop count, each as learning_rate=1e-3,3e-3; every combination is trained.
         changes: fields of a recipe that is named, and their values.
         document_chars: characters of each validation document that are evaluated.
+        jobs: runs at a time, a process each. More than one needs a script that can be imported (`if __name__ == "__main__":`).
         command: what the report says the study was started with.
 
     Returns:
@@ -80,6 +82,8 @@ def run_study(
     for control in controls or []:
         if control not in CONTROLS:
             raise RecipeError(f"control={control!r} is unknown: use {' or '.join(CONTROLS)}, or both.")
+    if jobs < 1:
+        raise RecipeError(f"jobs={jobs} must be at least 1.")
     if document_chars < 0:
         raise RecipeError(f"document_chars={document_chars} must be at least 0; 0 takes documents whole.")
     arms = []
@@ -104,7 +108,7 @@ def run_study(
             raise SourceError(f"{error} (recipe {name!r})") from error
         corpus.print_summary(console)
         runs = plan(recipe, corpus, arms, seeds, match)
-        train_all(runs, out.path, corpus, document_chars, console, fresh)
+        train_all(runs, out.path, corpus, document_chars, console, fresh, min(jobs, len(runs)))
         with console.status("measuring prefill, decode, cache and memory, loop counts interleaved"):
             costs = measure({run.arm: out.path / run.name for run in runs if run.first}, recipe)
         result = summarize(recipe, corpus, runs, costs, match, command or command_line(), out.path)
