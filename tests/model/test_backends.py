@@ -70,10 +70,11 @@ def test_bfloat16_is_close_to_float32(R):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("R", [1, 3])
-def test_autocast_is_close_to_float32(R, attn):
-    """Weights in float32, products in bfloat16: masks have to be of the queries' type. Prompt and step of a padded batch."""
-    model = tiny_model(plt_num_loops=R, dtype=torch.float32, attn=attn)
+@pytest.mark.parametrize(("R", "gate_reads_hidden"), [(1, True), (3, True), (3, False)])
+def test_autocast_is_close_to_float32(R, gate_reads_hidden, attn):
+    """Weights in float32, products in bfloat16: masks and gates have to be of the queries' type. Prompt and step of a padded batch."""
+    changes = {"plt_num_loops": R, "plt_gate_use_hidden_states": gate_reads_hidden}
+    model = tiny_model(dtype=torch.float32, attn=attn, **changes)
     ids, mask = left_padded([random_ids(n, seed=n) for n in (3, 40)])
 
     def logits():

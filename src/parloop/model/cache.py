@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     DynamicSlidingWindowLayer,
@@ -29,10 +28,6 @@ from transformers.cache_utils import (
 )
 
 from .configuration import PLTConfig, loop_count
-
-
-def full_index(config: PLTConfig, layer: int) -> int:
-    return layer
 
 
 def window_index(config: PLTConfig, loop: int, layer: int) -> int:
@@ -149,11 +144,12 @@ def cached_loops(cache: Cache, config: PLTConfig) -> int | None:
 def cache_bytes(cache: Cache) -> dict[str, int]:
     """Bytes held by a cache: {"full", "window", "carry"}."""
     held = {"full": 0, "window": 0, "carry": 0}
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if isinstance(layer, LinearAttentionLayer):
             held["carry"] += sum(state.nbytes for state in layer.conv_states.values() if state is not None)
-        elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
-            kind = "window" if getattr(layer, "is_sliding", False) else "full"
+        elif layer.keys is not None:
+            kind = "window" if layer.is_sliding else "full"
             held[kind] += layer.keys.nbytes + layer.values.nbytes
     return held
 
