@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer, timer
 from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..model.cache import cache_bytes, carry_index, full_index, make_cache, window_index
+from ..model.cache import cache_bytes, carry_index, make_cache, window_index
 from ..model.configuration import PLTConfig
 from ..timing import peak_bytes, reset_peak
 from .results import CacheReport
@@ -132,7 +132,7 @@ def fill_cache(cache: Cache, config: PLTConfig, loops: int, k: torch.Tensor, v: 
         carry: [B, D, 1].
     """
     for layer in range(config.num_hidden_layers):
-        cache.update(k.clone(), v.clone(), full_index(config, layer))  # copies: layers must not share memory to read
+        cache.update(k.clone(), v.clone(), layer)  # copies: layers must not share memory to read
     for loop in range(1, loops):
         for layer in range(config.num_hidden_layers if config.window_tokens else 0):
             index = window_index(config, loop, layer)

@@ -27,7 +27,7 @@ class AttentionModule(Protocol):
     training: bool
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
     """Plain attention. As in transformers' Llama, but float64 stays float64 and the weights are returned."""
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     scores_BHTS = query @ key.transpose(2, 3) * scaling
@@ -36,7 +36,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=dtype).to(query.dtype)
     weights_BHTS = F.dropout(weights_BHTS, p=dropout, training=module.training)
-    return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS  # [B, T, H, K]
+    return (weights_BHTS @ value).transpose(1, 2), weights_BHTS  # [B, T, H, K]
 
 
 def attend(

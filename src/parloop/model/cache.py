@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     DynamicSlidingWindowLayer,
@@ -29,10 +28,6 @@ from transformers.cache_utils import (
 )
 
 from .configuration import PLTConfig, loop_count
-
-
-def full_index(config: PLTConfig, layer: int) -> int:
-    return layer
 
 
 def window_index(config: PLTConfig, loop: int, layer: int) -> int:
@@ -92,10 +87,10 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
         ValueError: the cache holds tokens but was not made for `num_loops` loops, or forgets tokens of loop 1.
     """
     L, R = config.num_hidden_layers, num_loops
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers[:L]):
+    if any(getattr(layer, "is_sliding", True) for layer in cache.layers[:L]):  # layers of linear attention do not say
         raise ValueError(
-            "The cache was made for a model with sliding windows and would forget tokens that every loop of a PLT reads: make it "
-            "with parloop.make_cache(model.config), or pass an empty DynamicCache()."
+            "The cache was made for a model whose layers see windows or states, and would forget tokens that every loop of a PLT "
+            "reads: make it with parloop.make_cache(model.config), or pass an empty DynamicCache()."
         )
     n = carries(config, R)
     if len(cache.layers) == L * R + n and (R == 1 or isinstance(cache.layers[-1], (CarryLayer, *WINDOWS))):
@@ -140,20 +135,21 @@ def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
 
 
 def cached_loops(cache: Cache, config: PLTConfig) -> int | None:
-    """The loop count that a cache was made for, or None if it is not one of ours."""
+    """The loop count that a cache was made for, 0 if it has no layers yet, or None if it is not one of ours."""
     extra = 1 if config.plt_offset > 0 else 0
     loops, rest = divmod(len(cache.layers) + extra, config.num_hidden_layers + extra)
-    return loops if rest == 0 and loops >= 1 else None
+    return loops if rest == 0 else None
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
     """Bytes held by a cache: {"full", "window", "carry"}."""
     held = {"full": 0, "window": 0, "carry": 0}
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if isinstance(layer, LinearAttentionLayer):
             held["carry"] += sum(state.nbytes for state in layer.conv_states.values() if state is not None)
-        elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
-            kind = "window" if getattr(layer, "is_sliding", False) else "full"
+        elif layer.keys is not None:
+            kind = "window" if layer.is_sliding else "full"
             held[kind] += layer.keys.nbytes + layer.values.nbytes
     return held
 

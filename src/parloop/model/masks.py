@@ -119,6 +119,7 @@ def _as_bias(mask: Any, inputs_embeds: torch.Tensor, backend: str) -> Any:
     if backend not in BANDED or mask is None or mask.dtype != torch.bool or mask.shape[2] == 1:
         return mask
     device = inputs_embeds.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype  # of the queries
+    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_mixed else inputs_embeds.dtype  # of the queries
     out_of_sight = torch.finfo(dtype).min if backend == "eager" else -torch.inf
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, out_of_sight)

@@ -53,7 +53,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends import attend, attend_rows
-from .cache import extend_cache, full_index, make_cache, remember, tokens_held, window_index
+from .cache import extend_cache, make_cache, remember, tokens_held, window_index
 from .call import check_call, check_inputs, chosen_loops
 from .configuration import PLTConfig
 from .generation import PLTGenerationMixin
@@ -125,8 +125,8 @@ class PLTAttention(nn.Module):
         self.k_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, D, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         # One loop needs no gate, and a parameter without a gradient would stop DistributedDataParallel.
         self.plt_gate = PLTGate(config) if config.plt_num_loops > 1 else None
 
@@ -137,8 +137,7 @@ class PLTAttention(nn.Module):
         k1: torch.Tensor | None,
         v1: torch.Tensor | None,
         *,
-        loop: int,
-        one_token: bool,
+        loop: int | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         masks: Masks,
         past_key_values: Cache | None = None,
@@ -148,7 +147,7 @@ class PLTAttention(nn.Module):
         Args:
             x_BND: the layer's input; normed_BND: the same after the layer's norm.
             k1, v1: loop 1's keys and values of this layer, [B, G, S, K]; None when loop 1 is in this call.
-            one_token: the N = R rows are the loops of one token. Else they are tokens of `loop` (0 .. R-1).
+            loop: the N rows are tokens of this loop, 0 .. R-1. None: they are the R loops of one token.
 
         Returns:
             output [B, N, D]; attention weights or None; k1, v1.
@@ -156,11 +155,11 @@ class PLTAttention(nn.Module):
         cache, layer = past_key_values, self.layer_idx
         q, k, v = self.project(normed_BND, position_embeddings)
         weights = None
-        if one_token:  # all loops of it: loop 1's keys are read once for all of them
-            k1, v1 = remember(cache, k[:, :, :1], v[:, :, :1], full_index(self.config, layer))
+        if loop is None:  # all loops of a token: loop 1's keys are read once for all of them
+            k1, v1 = remember(cache, k[:, :, :1], v[:, :, :1], layer)
             out_BNHK = self._one_token(x_BND, q, k, v, k1, v1, masks, cache, **kwargs)
         elif loop == 0:  # ordinary causal attention
-            k1, v1 = remember(cache, k, v, full_index(self.config, layer))
+            k1, v1 = remember(cache, k, v, layer)
             out_BNHK, weights = attend(self, q, k1, v1, masks["full"], **kwargs)
         else:  # global attention to loop 1's keys, local attention to the loop's own, and the gate between them
             global_BNHK, global_weights = attend(self, q, k1, v1, masks["full"], **kwargs)
@@ -178,9 +177,7 @@ class PLTAttention(nn.Module):
         """Rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed input."""
         heads = (*normed_BND.shape[:2], -1, self.head_dim)
         q, k, v = (proj(normed_BND).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return *apply_rotary_pos_emb(q, k, *position_embeddings), v
+        return *apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings), v
 
     def gate(self, x_BND: torch.Tensor, q_BHNK: torch.Tensor) -> torch.Tensor:
         """g [B, N, H, 1], see PLTGate. A model trained with one loop has no gate: the even blend that gates are initialised to."""
@@ -199,7 +196,7 @@ class PLTAttention(nn.Module):
         own = [remember(cache, k[:, :, r : r + 1], v[:, :, r : r + 1], index) for r, index in enumerate(windows, 1)]
         keys, values = (torch.cat(parts, dim=1) if R > 2 else parts[0] for parts in zip(*own))  # [B, (R-1) * G, W, K]
         q_own = q[:, :, 1:].transpose(1, 2).reshape(B, (R - 1) * G, -1, K)
-        local_BRHK = attend_rows(self, q_own, keys, values, masks["window"], windowed=True, **kwargs).reshape(B, R - 1, H, K)
+        local_BRHK = attend_rows(self, q_own, keys, values, masks["window"], **kwargs).reshape(B, R - 1, H, K)
         g = self.gate(x_BRD[:, 1:], q[:, :, 1:]).to(local_BRHK.dtype)  # [B, R-1, H, 1]
         return torch.cat((global_BRHK[:, :1], torch.lerp(local_BRHK, global_BRHK[:, 1:], g)), dim=1)
 
@@ -224,11 +221,10 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
 
 class PLTPreTrainedModel(PreTrainedModel):
     config: PLTConfig
-    config_class = PLTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PLTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "masks"]
+    _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.plt_gate\."]  # a looped checkpoint loaded with one loop
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -239,8 +235,8 @@ class PLTPreTrainedModel(PreTrainedModel):
         "attentions": PLTAttention,
     }
 
-    def __init__(self, config: PLTConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PLTConfig):
+        super().__init__(config)
         # Note: save_pretrained undoes the renamings that loading did, and for a model that was never loaded it would undo
         # all that are registered, so that a new model's gates were saved as loop_gate_proj and a resumed run lost them.
         self._weight_conversions: list = []
@@ -319,7 +315,7 @@ class PLTModel(PLTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         num_loops = chosen_loops(self, num_loops)
-        check_call(self, num_loops, kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", None)))
+        check_call(self, num_loops, kwargs.get("output_hidden_states", self.config.output_hidden_states))
         e_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T, cache = e_BTD.shape[1], past_key_values
 
@@ -345,7 +341,7 @@ class PLTModel(PLTPreTrainedModel):
             **kwargs,
         }
         flags = ("output_hidden_states", "output_attentions")
-        inspected = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
+        inspected = any(kwargs.get(flag, getattr(self.config, flag)) for flag in flags)
         if output_loop_states is None:
             output_loop_states = states_to_keep is None
         keep = None
@@ -389,7 +385,7 @@ class PLTModel(PLTPreTrainedModel):
         """All layers of one loop, over all tokens: [B, T, D], and loop 1's keys and values of every layer."""
         k1, v1 = list(k1), list(v1)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # the library's early exit lowers it
-            x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, one_token=False, **call)
+            x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, **call)
         return x_BTD, k1, v1
 
     def _one_token(self, e_B1D: torch.Tensor, num_loops: int, call: dict) -> list[torch.Tensor]:
@@ -398,7 +394,7 @@ class PLTModel(PLTPreTrainedModel):
         masks, cache = call["masks"], call["past_key_values"]
         x_BRD = self.offset.of_one_token(e_B1D, num_loops, masks, cache)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            x_BRD, _, _ = layer(x_BRD, None, None, loop=0, one_token=True, **call)
+            x_BRD, _, _ = layer(x_BRD, None, None, loop=None, **call)
         if self.config.plt_normalize_per_loop:
             x_BRD = self.norm(x_BRD)
         else:

@@ -48,7 +48,7 @@ class Offset(nn.Module):
             h_BND: the state of the loop before, of the last N of them.
         """
         N = h_BND.shape[1]
-        seen_BND = h_BND
+        seen_BND = h_BND = h_BND.to(e_BTD.device)  # of a model split over devices, from the last to the first
         if self.tokens > 0:
             seen_BND = torch.cat((self._carried(cache, loop - 1, num_loops, h_BND), h_BND), dim=1)[:, :N]
             self._carry(cache, h_BND, loop - 1, num_loops)  # overwrites the carry in place, so only now
@@ -75,7 +75,7 @@ class Offset(nn.Module):
         state_BDn = None if cache is None else cache.get_conv_state(carry_index(self.config, num_loops, loop))
         if state_BDn is None or state_BDn.shape[-1] == 0:
             return like_BND.new_zeros(B, self.tokens, D)
-        state_BnD = state_BDn[..., -self.tokens :].transpose(1, 2).to(like_BND.dtype)
+        state_BnD = state_BDn[..., -self.tokens :].transpose(1, 2).to(like_BND)
         missing = self.tokens - state_BnD.shape[1]  # of a short text, in a cache that records its past
         return state_BnD if missing == 0 else nn.functional.pad(state_BnD, (0, 0, missing, 0))
 
@@ -85,6 +85,9 @@ class Offset(nn.Module):
         index = carry_index(self.config, num_loops, loop)
         if not cache.is_recording_past(index):  # assisted decoding records, so that rejected tokens can be cropped
             h_BND = h_BND[:, -self.tokens :]
+        held_BDn = cache.get_conv_state(index)
+        if held_BDn is not None:
+            h_BND = h_BND.to(held_BDn.device)
         cache.update_conv_state(h_BND.transpose(1, 2), index, conv_kernel_size=self.tokens)
 
 

@@ -82,7 +82,7 @@ class Tail:
             catch_up(self.cache, window, start, self.config.window_tokens, k1[i])
             if N not in self.calls:
                 self.calls[N] = self._call(x_BND, TailView(self.cache, window, start, k1[i].shape[2]), **call)
-            x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, one_token=False, **self.calls[N])
+            x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, **self.calls[N])
         return x_BND, k1, v1
 
     def _call(self, x_BND: torch.Tensor, view: "TailView", masks: Masks, position_embeddings, position_ids, **call) -> dict:
