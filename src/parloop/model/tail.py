@@ -101,7 +101,7 @@ class TailView:
 
     def __init__(self, cache: Cache, window: int, start: int, keys: int):
         self.cache, self.window, self.start, self.keys = cache, window, start, keys
-        self.is_compileable = cache.is_compileable
+        self.layers, self.is_compileable = cache.layers, cache.is_compileable
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start
