@@ -90,6 +90,7 @@ def plt_masks(
         "attention_mask": real_BS,
         CACHE: cache,
         "position_ids": position_ids,
+        "allow_is_causal_skip": not (static and T == 1),  # the library thinks of static caches that can be compiled only
     }
     masks["full"] = _as_bias(create_causal_mask(config, layer_idx=0, **shared), inputs_embeds, backend)
     if num_loops == 1 or w == 0:  # with w = 0 a token's only key is its own
