@@ -58,7 +58,7 @@ def loss(checkpoint: str, console: Console) -> None:
 def decode_ms(model: Any, loops: int, steps: int) -> float:
     ids = torch.full((1, 64), 5)
     cache = make_cache(model.config, loops)
-    options = {"past_key_values": cache, "num_loops": loops, "logits_to_keep": 1, "output_loop_states": False}
+    options = {"cache": cache, "num_loops": loops, "logits_to_keep": 1, "output_loop_states": False}
     model(ids, **options)
     model(ids[:, :1], **options)
 

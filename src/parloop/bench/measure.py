@@ -18,6 +18,7 @@ from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..model.cache import cache_bytes, carry_index, make_cache, window_index
+from ..model.cache_argument import CACHE
 from ..model.configuration import PLTConfig
 from ..timing import peak_bytes, reset_peak
 from .results import CacheReport
@@ -86,11 +87,11 @@ class Block:
         if not variant.llama:
             options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "exact_tail": variant.tail}
             options["output_loop_states"] = False
-        inputs = {"input_ids": ids, "past_key_values": cache, **options}
+        inputs = {"input_ids": ids, CACHE: cache, **options}
         if cache.is_compileable:  # as generate() does it: masks are made before, and outside of what is compiled
             positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape[0], -1).contiguous()
             inputs = model.prepare_inputs_for_generation(
-                ids, past_key_values=cache, position_ids=positions, use_cache=True, **options
+                ids, position_ids=positions, use_cache=True, **{CACHE: cache}, **options
             )
         self._callable(variant, model)(**inputs)
 

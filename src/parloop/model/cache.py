@@ -94,7 +94,7 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
         )
     n = carries(config, R)
     if len(cache.layers) == L * R + n and (R == 1 or isinstance(cache.layers[-1], (CarryLayer, *WINDOWS))):
-        if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
+        if not is_static(cache) and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
             for index in range(L * R, L * R + n):
                 carry: Any = cache.layers[index]
                 cache.layers[index] = fresh = CarryLayer()
@@ -127,6 +127,12 @@ def tokens_held(cache: Cache | None, config: PLTConfig, loop: int, layer: int) -
     """Number of earlier tokens that a window holds, at most w."""
     w = config.window_tokens
     return 0 if cache is None or w == 0 else min(cache.get_seq_length(window_index(config, loop, layer)), w)
+
+
+def is_static(cache: Any) -> bool:
+    """Check whether a cache has a fixed length, part of which may be empty. (`is_compileable` is not the same: a static cache that
+    records its past is not.)"""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def is_recording_past(cache: Cache, config: PLTConfig) -> bool:

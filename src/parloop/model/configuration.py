@@ -84,7 +84,7 @@ class PLTConfig(PreTrainedConfig):
     """
 
     model_type = "iquestpltcoder"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "loop_states", "loop_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "loop_states", "loop_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_loops": "plt_num_loops"}
     default_theta = 500000.0
     # What FSDP2 gathers together when transformers shards the model. The final norm and the head are left to the root: the norm runs

@@ -22,6 +22,7 @@ The equations and the three ways are here; beside them
     cache.py       what is kept for later tokens                  tail.py        what later loops of a prompt need
     call.py        what a call may ask for                        generation.py  what generate() has to know
     rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
+    cache_argument.py  by what name a cache is passed
 
 Axes, as suffixes of tensor names:
     B sequences    T tokens of this call    S keys (cached and new)    D hidden size    R loops
@@ -54,6 +55,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends import attend, attend_rows
 from .cache import extend_cache, make_cache, remember, tokens_held, window_index
+from .cache_argument import CACHE, takes_cache
 from .call import check_call, check_inputs, chosen_loops
 from .configuration import PLTConfig
 from .generation import PLTGenerationMixin
@@ -130,6 +132,7 @@ class PLTAttention(nn.Module):
         # One loop needs no gate, and a parameter without a gradient would stop DistributedDataParallel.
         self.plt_gate = PLTGate(config) if config.plt_num_loops > 1 else None
 
+    @takes_cache
     def forward(
         self,
         x_BND: torch.Tensor,
@@ -137,25 +140,26 @@ class PLTAttention(nn.Module):
         k1: torch.Tensor | None,
         v1: torch.Tensor | None,
         *,
-        loop: int | None,
+        loop: int,
+        one_token: bool,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         masks: Masks,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """
         Args:
             x_BND: the layer's input; normed_BND: the same after the layer's norm.
             k1, v1: loop 1's keys and values of this layer, [B, G, S, K]; None when loop 1 is in this call.
-            loop: the N rows are tokens of this loop, 0 .. R-1. None: they are the R loops of one token.
+            one_token: the N = R rows are the loops of one token. Else they are tokens of `loop` (0 .. R-1).
 
         Returns:
             output [B, N, D]; attention weights or None; k1, v1.
         """
-        cache, layer = past_key_values, self.layer_idx
+        layer = self.layer_idx
         q, k, v = self.project(normed_BND, position_embeddings)
         weights = None
-        if loop is None:  # all loops of a token: loop 1's keys are read once for all of them
+        if one_token:  # all loops of it: loop 1's keys are read once for all of them
             k1, v1 = remember(cache, k[:, :, :1], v[:, :, :1], layer)
             out_BNHK = self._one_token(x_BND, q, k, v, k1, v1, masks, cache, **kwargs)
         elif loop == 0:  # ordinary causal attention
@@ -224,7 +228,7 @@ class PLTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PLTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.plt_gate\."]  # a looped checkpoint loaded with one loop
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -268,6 +272,7 @@ class PLTModel(PLTPreTrainedModel):
         self.warned_loops: set[int] = set()  # loop counts that need no warning, or had it
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -275,7 +280,7 @@ class PLTModel(PLTPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | Masks | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_loops: int | None = None,
@@ -290,7 +295,7 @@ class PLTModel(PLTPreTrainedModel):
             input_ids: [B, T]; or inputs_embeds: [B, T, D].
             attention_mask: [B, tokens so far], 0 for padding. None: no padding.
             position_ids: [B, T]. Without a cache, another document starts where they do not go up by one.
-            past_key_values: a cache; an empty stock cache is extended in place.
+            cache: an empty stock cache is extended in place. Also called past_key_values, see cache_argument.py.
             num_loops: R for this call; default: the configuration's.
             one_pass: run the loops of a single token as rows of one pass. False: a pass per loop, for comparison.
             output_loop_states: return `loop_states`. Default: if all states are needed.
@@ -306,7 +311,7 @@ class PLTModel(PLTPreTrainedModel):
                 mixture of its global and its local weights. Needs attn_implementation="eager".
 
         Returns:
-            last_hidden_state: h_R [B, T, D] after the final norm, or its last `states_to_keep`; past_key_values: the cache, if there
+            last_hidden_state: h_R [B, T, D] after the final norm, or its last `states_to_keep`; cache: the cache, if there
             is one; loop_states: h_1 .. h_R, [B, T, D] each, if asked for; hidden_states and attentions, if asked for.
 
         Raises:
@@ -317,7 +322,7 @@ class PLTModel(PLTPreTrainedModel):
         num_loops = chosen_loops(self, num_loops)
         check_call(self, num_loops, kwargs.get("output_hidden_states", self.config.output_hidden_states))
         e_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        T, cache = e_BTD.shape[1], past_key_values
+        T = e_BTD.shape[1]
 
         if cache is not None:
             extend_cache(cache, self.config, num_loops)
@@ -333,13 +338,7 @@ class PLTModel(PLTPreTrainedModel):
             position_ids = (torch.arange(T, device=e_BTD.device) + past)[None]
 
         angles = self.rotary_emb(e_BTD, position_ids)
-        call = {
-            "position_embeddings": angles,
-            "masks": masks,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            **kwargs,
-        }
+        call = {"position_embeddings": angles, "masks": masks, "position_ids": position_ids, CACHE: cache, **kwargs}
         flags = ("output_hidden_states", "output_attentions")
         inspected = any(kwargs.get(flag, getattr(self.config, flag)) for flag in flags)
         if output_loop_states is None:
@@ -356,13 +355,13 @@ class PLTModel(PLTPreTrainedModel):
             states = [self.norm(h_BTD) for h_BTD in states[:-1]] + states[-1:]
         return PLTModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache,
             loop_states=tuple(states) if output_loop_states else None,
+            **{CACHE: cache},  # type: ignore[arg-type]
         )
 
     def _loop_by_loop(self, e_BTD: torch.Tensor, num_loops: int, call: dict, keep: int | None) -> list[torch.Tensor]:
         """h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
-        masks, cache = call["masks"], call["past_key_values"]
+        masks, cache = call["masks"], call[CACHE]
         visit: Any = self._stack
         if self.checkpoint_loops and self.training and cache is None:
             visit = partial(checkpoint, self._stack, use_reentrant=False)
@@ -385,16 +384,16 @@ class PLTModel(PLTPreTrainedModel):
         """All layers of one loop, over all tokens: [B, T, D], and loop 1's keys and values of every layer."""
         k1, v1 = list(k1), list(v1)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # the library's early exit lowers it
-            x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, **call)
+            x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, one_token=False, **call)
         return x_BTD, k1, v1
 
     def _one_token(self, e_B1D: torch.Tensor, num_loops: int, call: dict) -> list[torch.Tensor]:
         """A decode step: the loops of one token as R rows of one pass, h_1 .. h_R, each [B, 1, D]. Exact, because every row's
         input is already known: row r reads loop r-1's state of the previous token, which the cache carries."""
-        masks, cache = call["masks"], call["past_key_values"]
+        masks, cache = call["masks"], call[CACHE]
         x_BRD = self.offset.of_one_token(e_B1D, num_loops, masks, cache)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            x_BRD, _, _ = layer(x_BRD, None, None, loop=None, **call)
+            x_BRD, _, _ = layer(x_BRD, None, None, loop=0, one_token=True, **call)
         if self.config.plt_normalize_per_loop:
             x_BRD = self.norm(x_BRD)
         else:
@@ -419,13 +418,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | Masks | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -449,14 +449,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
                 steps depend on. The logits are the same. False: on all tokens, for comparison.
 
         Returns:
-            loss, logits [B, T or logits_to_keep, V], past_key_values, loop_states, loop_logits.
+            loss, logits [B, T or logits_to_keep, V], cache, loop_states, loop_logits.
         """
         tail = exact_tail and labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
         outputs: PLTModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_loops=num_loops,
@@ -477,11 +477,11 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         return PLTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_states=outputs.loop_states,
             loop_logits=loop_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

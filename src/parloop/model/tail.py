@@ -82,7 +82,7 @@ class Tail:
             catch_up(self.cache, window, start, self.config.window_tokens, k1[i])
             if N not in self.calls:
                 self.calls[N] = self._call(x_BND, TailView(self.cache, window, start, k1[i].shape[2]), **call)
-            x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, **self.calls[N])
+            x_BND, k1[i], v1[i] = layer(x_BND, k1[i], v1[i], loop=loop, one_token=False, **self.calls[N])
         return x_BND, k1, v1
 
     def _call(self, x_BND: torch.Tensor, view: "TailView", masks: Masks, position_embeddings, position_ids, **call) -> dict:
@@ -101,7 +101,7 @@ class TailView:
 
     def __init__(self, cache: Cache, window: int, start: int, keys: int):
         self.cache, self.window, self.start, self.keys = cache, window, start, keys
-        self.is_compileable = cache.is_compileable
+        self.layers, self.is_compileable = cache.layers, cache.is_compileable
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start

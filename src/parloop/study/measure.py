@@ -72,10 +72,10 @@ def _one_text(model: PLTForCausalLM, ids: torch.Tensor, prompt: int, one_pass: b
     """Return the seconds of the prefill of `prompt` tokens, and those per decode step over the rest."""
     cache = make_cache(model.config)
     start = timer()
-    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1, output_loop_states=False)
+    model(ids[:, :prompt], cache=cache, logits_to_keep=1, output_loop_states=False)
     after_prefill = timer()
     for t in range(prompt, ids.shape[1]):
-        model(ids[:, t : t + 1], past_key_values=cache, one_pass=one_pass, output_loop_states=False)
+        model(ids[:, t : t + 1], cache=cache, one_pass=one_pass, output_loop_states=False)
     return after_prefill - start, (timer() - after_prefill) / (ids.shape[1] - prompt)
 
 
@@ -85,7 +85,7 @@ def cache_bytes_of(model: PLTForCausalLM, length: int) -> CacheBytes:
     held = []
     for tokens in (length // 2, length):
         cache = make_cache(model.config)
-        model(torch.full((1, tokens), 3, device=model.device), past_key_values=cache, output_loop_states=False)
+        model(torch.full((1, tokens), 3, device=model.device), cache=cache, output_loop_states=False)
         held.append(cache_bytes(cache))
     grown = held[1]["full"] - held[0]["full"]
     return CacheBytes(per_token=grown / (length - length // 2), fixed=held[1]["window"] + held[1]["carry"])
