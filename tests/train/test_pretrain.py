@@ -124,7 +124,7 @@ def test_python_and_the_command_line_do_the_same(recipe, tmp_path, monkeypatch, 
         main()  # finished already
     assert capsys.readouterr().out == result.format(400)
     assert "model: runs/train/mine-r1-2\nnext:  parloop generate runs/train/mine-r1-2 'def '" in result.format(400)
-    with pytest.raises(RecipeError, match="a recipe that has no name needs an output folder"):
+    with pytest.raises(RecipeError, match="a recipe object needs an output folder"):
         train(recipe, console=QUIET)
 
 
