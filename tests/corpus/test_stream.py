@@ -359,7 +359,7 @@ def test_a_file_that_may_not_be_read_is_left_out(made, tokenizer, monkeypatch):
 def test_what_cannot_be_a_table(made, tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     (tmp_path / "b.txt").write_text("x")
-    with pytest.raises(SourceError, match=r"has tables and other files \(a.jsonl, b.txt\): name them apart"):
+    with pytest.raises(SourceError, match=r"has tables and other files \(a.jsonl, b.txt\): name them separately"):
         Stream(Mixture([part(tmp_path / "*", share=1e-9)], 16, 1, 10), tokenizer, 0).row()
     (tmp_path / "late.jsonl").write_text("\n".join(['{"content": "x"}'] * 1500 + ['{"text": "x"}']))
     with pytest.raises(SourceError, match=r"there is no column 'text': choose text_column among .'content'"):
