@@ -383,7 +383,7 @@ def test_what_is_not_known_of_the_training_is_said(trained, made, tmp_path, monk
     )
     Recipe(source=str(tmp_path / "moved")).save("run/recipe.yaml")
     assert (
-        f"may be: {tmp_path / 'moved'}, which run/recipe.yaml names, is not there any more"
+        f"may be: {tmp_path / 'moved'}, which run/recipe.yaml names, no longer exists"
         in choose_text("run", "text").trained_on
     )
     with pytest.raises(
