@@ -171,7 +171,7 @@ def shuffled() -> dict[str, torch.Tensor]:
     [
         (rounded(127), True, "right"),
         (rounded(63), False, "close to the right model"),
-        (shuffled(), False, "in none of the ways"),
+        (shuffled(), False, "in none of the known ways"),
     ],
     ids=["8-bits", "7-bits", "other-weights"],
 )
@@ -296,7 +296,7 @@ def test_what_cannot_be_checked_is_said(tmp_path):
     with pytest.raises(PortCheckError, match=r"no config\.json"):
         check_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 65}))
-    with pytest.raises(PortCheckError, match="not made of the probe"):
+    with pytest.raises(PortCheckError, match="not made from the probe"):
         check_checkpoint(tmp_path)
 
 

@@ -326,7 +326,7 @@ def test_tables_are_dealt_by_file_only_if_shares_come_out_about_as_large(made, t
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.EIO, "When it can be again, the same command goes on"),
+        (errno.EIO, "Once it is readable again, the same command continues"),
         (errno.EMFILE, "raise the limit .*, or lower data_streams"),
     ],
 )

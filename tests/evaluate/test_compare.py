@@ -177,7 +177,7 @@ def test_a_difference_of_means_that_are_not_the_values_says_so(tmp_path, right):
     saved(tmp_path, SPOKEN, 2, {"cpp/a": right, "js/a": 0.0, "js/b": 0.0}, value=50.0 * right)
     (test,) = entry(tmp_path, SPOKEN).tests
     assert test.difference == pytest.approx(100 * right / 3)
-    assert test.test.endswith(", of the items' means and not of the values")
+    assert test.test.endswith(", of the items' means, not of the values")
     assert "of the items' means" in shown(compare([tmp_path], tmp_path))
 
 

@@ -300,19 +300,19 @@ NO_RESULT = [
     (
         "terminal_bench_v1",
         lambda job, path: shutil.copy(RECORDED / "terminal-bench/no-docker.json", path),
-        "1 of 1 trials did not take place, hello for one",
+        "1 of 1 trials did not take place, for instance hello",
     ),
     ("terminal_bench_v2", lambda job, path: shutil.rmtree(job.work), "harbor left no trials: see trials.log"),
     ("terminal_bench_v2", lambda job, path: shutil.rmtree(path.parent), "2 of 3 trials have a result"),
     (
         "terminal_bench_v2",
         lambda job, path: (change(path, "verifier_result", to=None), change(path, "exception_info", "exception_type", to="RuntimeError")),
-        r"1 trials did not take place, aaa \(RuntimeError\) for one",
+        r"1 trials did not take place, for instance aaa \(RuntimeError\)",
     ),
     (  # graded all the same
         "terminal_bench_v2",
         lambda job, path: change(path, "exception_info", "exception_type", to="ApiConnectionError"),
-        r"1 trials did not take place, aaa \(ApiConnectionError\) for one",
+        r"1 trials did not take place, for instance aaa \(ApiConnectionError\)",
     ),
     ("swe_bench_verified", lambda job, path: path.unlink(), "swebench left no report: see grades.log"),
     (

@@ -126,7 +126,7 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path, settings, model,
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}'])
 def test_settings_that_cannot_be_read(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"settings.json is not .*take the file away"):
+    with pytest.raises(EvaluationError, match=r"settings.json is not .*remove the file"):
         claim(tmp_path, {}, MODEL)
 
 
