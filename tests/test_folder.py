@@ -222,7 +222,7 @@ def test_clearing_deletes_what_was_written_and_nothing_else(tmp_path):
         (tmp_path / "r1-seed0").mkdir()
         for stranger in (".git", "notes.txt"):
             (tmp_path / stranger).write_text("mine")
-            with pytest.raises(OutputError, match=rf"holds other things than a study \({stranger}\), so it is not deleted"):
+            with pytest.raises(OutputError, match=rf"holds more than a study \({stranger}\), so it is not deleted"):
                 out.clear()
             assert (tmp_path / "r1-seed0").exists()
             (tmp_path / stranger).unlink()

@@ -292,7 +292,7 @@ def test_templates_that_show_neither_calls_nor_reasoning_leave_answers_as_they_a
 
 def test_a_template_without_tools_refuses_them(stub):
     stub.tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         stub.client.chat.completions.create(model="stub", messages=HELLO, tools=ADD)
 
 
@@ -620,13 +620,13 @@ def test_bodies_that_are_not_json_objects(chatty, body):
         (["--tool-call-parser", "hermes"], "--tool-call-parser hermes: no such option.* found by the chat template"),
         (["--quantization", "gguf"], "--quantization.*bnb-4bit"),
         (["--port", "x"], "--port.*int"),
-        (["--port", "99999"], "port=99999 cannot be listened at"),
+        (["--port", "99999"], "port=99999 is not available"),
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: \\[\\] must be a JSON object"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: { must be a JSON object"),
         (["--dtype", "int8"], "dtype='int8' is unknown"),
         (["--device", "cuda:99"], "device='cuda:99' is not there"),
-        (["--host", "no.such.host.invalid"], "no.such.host.invalid.* cannot be listened at"),
-        (["--host", "a" * 70], "cannot be listened at"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid.* is not available"),
+        (["--host", "a" * 70], "is not available"),
         (["--chat-template-kwargs", "[" * 100_000], "must be a JSON object"),
     ],
 )

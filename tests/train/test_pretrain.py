@@ -286,7 +286,7 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert not (tmp_path / "run" / "checkpoint-99").exists()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"other things than a run \(notes.txt\), so it is not deleted: move them away"):
+    with pytest.raises(OutputError, match=r"other things than a run \(notes.txt\), so it is not deleted: move these away"):
         train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / "training.json").exists()
 
@@ -719,7 +719,7 @@ def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, nam
     (tmp_path / "run" / name / "mine").write_text("mine")
     with pytest.raises(
         OutputError,
-        match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away",
+        match=rf"holds more than a run \({name}(, changed since)?\), so it is not deleted: move these away",
     ):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / name / "mine").exists()

@@ -33,8 +33,8 @@ def study(
     Parameters
     ----------
     source
-        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
-        that takes depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
+        Training text: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
+        that needs depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
     loops
         The loop counts to compare. Default: 1 2 3 4.
     preset
@@ -44,10 +44,10 @@ def study(
     match
         tokens: the same training tokens for all. compute: the same training FLOPs.
     control
-        Models of one loop beside every loop count above 1. deep: as many times the layers, each with its own weights. compute: as many more
-        training tokens as the loops' compute buys.
+        Add models of one loop for every loop count R above 1. deep: R times the layers, each with its own weights. compute: as many
+        training tokens as the training compute of R loops buys.
     output
-        Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default.
+        Folder of the study. Default: runs/study-PRESET, followed by the match and the source if they are not the default.
     fresh
         Delete the runs in the folder and start over.
     """
