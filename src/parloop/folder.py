@@ -328,7 +328,7 @@ def check_room(folder: Path, needed: float, what: str) -> None:
 
 
 def strangers(folder: Path, made: str, owns: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """Names of what is in a folder and neither matches a pattern nor is owned, sorted."""
+    """Return the sorted names in a folder that neither match a pattern nor are owned."""
     return [name for name in _names(folder) if not re.fullmatch(made, name) and not owns(name)]
 
 

@@ -258,7 +258,7 @@ def test_a_report_of_something_else(parloop, tmp_path):
     (tmp_path / "out/result.json").write_text('{"accuracy": 1}')
     code, said = parloop("--report", "out")
     assert code == 2
-    assert "'out/result.json' is no result of parloop eval (it has no benchmark): take it away" in said
+    assert "'out/result.json' is no result of parloop eval (it has no benchmark): remove it" in said
 
 
 @pytest.mark.parametrize("name", ["report.html", "evaluation.png", "evaluation.json"])

@@ -287,7 +287,7 @@ NO_RESULT = [
     (
         "bigcodebench",
         lambda job, path: change(Path(str(path).replace("_eval_results", "_pass_at_k")), "gt_pass_rate", to=0.5),
-        "its own solutions pass 50% of their tests only",
+        "only 50% of its own solutions pass their tests",
     ),
     ("livecodebench", lambda job, path: path.unlink(), "the scorer left nothing: see scores.log"),
     ("held_out", lambda job, path: path.unlink(), "lm-eval left no samples: see losses.log"),

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_result(tmp_path, content, why):
     saved(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_text(content)
-    with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): take it away"):
+    with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): remove it"):
         load_results([tmp_path])
 
 

@@ -20,6 +20,7 @@ def study(
     seeds: int = 1,
     match: str = "tokens",
     control: Annotated[list[str] | None, Many] = None,
+    sweep: Annotated[list[str] | None, Many] = None,
     output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
@@ -46,8 +47,12 @@ def study(
     control
         Add models of one loop for every loop count R above 1. deep: R times the layers, each with its own weights. compute: as many
         training tokens as the training compute of R loops buys.
+    sweep
+        Fields of the recipe in which models differ besides the loop count, with their values: --sweep learning_rate=1e-3,3e-3
+        branch_scaling=none,loops trains every combination.
     output
-        Folder of the study. Default: runs/study-PRESET, followed by the match and the source if they are not the default.
+        Folder of the study. Default: runs/study-PRESET, followed by the match and the source if they are not the default, and by the fields of a
+        sweep.
     fresh
         Delete the runs in the folder and start over.
     """
@@ -63,6 +68,7 @@ def study(
         seeds=seeds,
         match=match,
         controls=control,
+        sweep=sweep,
         changes=changes,
         console=console,
         fresh=fresh,
