@@ -214,7 +214,7 @@ def test_compiled_decoding(tmp_path, monkeypatch):
         ({"threads": 0}, "--threads 0 must be at least 1"),
         ({"threads": 10**30}, "--threads 10+ must be at least 1, and below"),
         ({"dtype": "int8"}, "'int8' is unknown: use one of bfloat16"),
-        ({"device": "x"}, "device='x' is not there"),
+        ({"device": "x"}, "device='x' is not available"),
     ],
 )
 def test_impossible_settings(tmp_path, change, message):

@@ -246,7 +246,7 @@ def test_what_cannot_be(made, tokenizer, tmp_path):
         Dataset.from_dict({"content": TEXTS}).to_parquet(tmp_path / "c.parquet")
         Stream(Mixture([part(tmp_path / "c.parquet")], 16, 1, 10), tokenizer, 0).row()
     loader = StreamLoader(Mixture([part(made / "files")], 16, 2, 10), tokenizer, 4)
-    with pytest.raises(CheckpointError, match="places of 0 streams, but data_streams=2"):
+    with pytest.raises(CheckpointError, match="cursors of 0 streams, but data_streams=2"):
         loader.restore(tmp_path)
 
 

@@ -192,7 +192,7 @@ def test_a_run_against_a_server(parloop, asked):
         (["bfcl_v3", *SERVER, "--data", "x"], "--data 'x' must be BENCHMARK=PATH"),
         (["bigcodebench", *SERVER, "--data", "bigcodebench=no/[/y]"], "--data bigcodebench=no/[/y]: there is no such file or folder"),
         (["bfcl_v3", "empty"], "checkpoint 'empty' cannot be loaded: the folder has no usable config.json"),
-        (["--report"], "'runs/eval' is not there: give folders with results of parloop eval"),
+        (["--report"], "'runs/eval' does not exist: give folders with results of parloop eval"),
         (["--report", "tiny"], "no result below tiny: run parloop eval first"),
     ],
 )  # fmt: skip

@@ -198,7 +198,7 @@ def test_a_result_that_lacks_a_field(tmp_path, field):
 def test_no_results(tmp_path):
     with pytest.raises(EvaluationError, match=r"no result below .*: run parloop eval first"):
         load_results([tmp_path])
-    with pytest.raises(EvaluationError, match="/gone' is not there: give folders with results of parloop eval"):
+    with pytest.raises(EvaluationError, match="/gone' does not exist: give folders with results of parloop eval"):
         load_results([tmp_path / "gone"])
 
 

@@ -624,7 +624,7 @@ def test_bodies_that_are_not_json_objects(chatty, body):
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: \\[\\] must be a JSON object"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: { must be a JSON object"),
         (["--dtype", "int8"], "dtype='int8' is unknown"),
-        (["--device", "cuda:99"], "device='cuda:99' is not there"),
+        (["--device", "cuda:99"], "device='cuda:99' is not available"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid.* is not available"),
         (["--host", "a" * 70], "is not available"),
         (["--chat-template-kwargs", "[" * 100_000], "must be a JSON object"),

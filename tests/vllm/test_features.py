@@ -83,7 +83,7 @@ def test_a_checkpoint_without_gates_at_two_loops(tmp_path):
         ("layers.1.mlp.up_proj", {}, "the files lack model.layers.1.mlp.up_proj.weight"),  # half of a merged matrix
         ("lm_head", {}, "the files lack lm_head.weight"),
         ("nothing", {"intermediate_size": 160}, r"mlp.* has shape .*192.*, and not .*160"),  # vLLM would cut it off
-        ("nothing", {"num_hidden_layers": 1}, r"the files hold model.layers.1.* no place for"),
+        ("nothing", {"num_hidden_layers": 1}, r"the files hold model.layers.1.* does not have"),
         ("nothing", {"num_hidden_layers": 3}, r"the files lack model.layers.2.* and 11 more"),
     ],
 )

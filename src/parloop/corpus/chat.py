@@ -76,7 +76,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """How to treat long reasoning.
+    """Treatments of long reasoning.
 
     Attributes:
         tokens: reasoning of a turn is long if it has more tokens than this; 0: never.

@@ -246,7 +246,7 @@ def load_results(folders: list[Path]) -> list[BenchmarkResult]:
     found: dict[Path, BenchmarkResult] = {}
     for folder in folders:
         if not folder.exists():
-            raise EvaluationError(f"{str(folder)!r} is not there: give folders with results of parloop eval.")
+            raise EvaluationError(f"{str(folder)!r} does not exist: give folders with results of parloop eval.")
         for path in sorted(folder.rglob(RESULT)):
             try:
                 result = BenchmarkResult.from_json(path.read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ def parameters(config: PLTConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a step computes.
+    """Computation of a step.
 
     Attributes:
         element: bytes per number: 2 for bfloat16, 4 for float32.
