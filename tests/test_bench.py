@@ -162,7 +162,9 @@ def test_results_of_another_version_are_not_continued(tmp_path, content, why):
     less = TINY | {"contexts": [4], "prefill_lengths": [0], "batch_sizes": [1], "repeats": 1}
     with claimed(tmp_path, BENCH) as out:
         out.write("results.json", content)
-    with pytest.raises(BenchError, match=rf"results.json is not from a bench \(.*{why}\): choose another --output, or --fresh"):
+    with pytest.raises(
+        BenchError, match=rf"results.json is not from a bench \(.*{why}\): choose another --output, or --fresh"
+    ):
         run_bench(**less, output=tmp_path)
     assert run_bench(**less, output=tmp_path, fresh=True).blocks
 

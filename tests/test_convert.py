@@ -249,7 +249,9 @@ def test_options_and_folders(tmp_path):
         odd = shutil.copytree(source, tmp_path / "odd")
         (odd / "model.safetensors").rename(odd / "elsewhere")
         (odd / name).write_text(content)
-        with pytest.raises(ConvertError, match=r"no config.json that|does not hold a JSON object|weights in .* cannot be read"):
+        with pytest.raises(
+            ConvertError, match=r"no config.json that|does not hold a JSON object|weights in .* cannot be read"
+        ):
             convert(odd, tmp_path / "out")
         shutil.rmtree(odd)
     (source / "tokenizer.json").rename(source / "elsewhere")

@@ -269,7 +269,9 @@ def test_nothing_runs_outside_where_there_is_no_sandbox(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     job = Job(tmp_path, "", "toy@2", 2, {})
     step = Step("scores", ["touch", str(tmp_path / "ran")], sandbox="offline", server=False)
-    with pytest.raises(EvaluationError, match=r"only runs in a sandbox, and bubblewrap is not installed: install bubblewrap"):
+    with pytest.raises(
+        EvaluationError, match=r"only runs in a sandbox, and bubblewrap is not installed: install bubblewrap"
+    ):
         run.run_step(step, job, Meter("http://127.0.0.1:9", tmp_path / "log"), None, QUIET, needing())
     assert not (tmp_path / "ran").exists()
 
