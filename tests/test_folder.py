@@ -340,7 +340,7 @@ def test_what_a_disk_says_becomes_what_to_do(error, message, tmp_path):
 
 def test_a_full_disk_is_found_behind_what_a_library_makes_of_it(tmp_path):
     class CheckpointException(BaseException):
-        """As torch's, which is no Exception."""
+        """Like torch's, which is not an Exception."""
 
     with pytest.raises(OutputError, match="is full"), disk_errors(tmp_path):
         try:

@@ -68,7 +68,7 @@ WRONG = {
 
 
 def base_of(folder):
-    """As training goes on from it."""
+    """Load the base as training loads it."""
     recipe = Recipe(device="cpu")
     model = empty_model(load_config(folder), recipe, start_processes(recipe))
     load_base(model, folder)

@@ -63,7 +63,7 @@ def passed_through(tokens: list[str]) -> list[str]:
 def main() -> None:
     """Run the command line.
 
-    Exit codes are a shell's: 2 for errors that the user can put right, 130 after Ctrl-C, and 141 if nobody reads the
+    Exit codes are a shell's: 2 for errors that the user can correct, 130 after Ctrl-C, and 141 if nobody reads the
     output.
     """
     for stream in (sys.stdout, sys.stderr):

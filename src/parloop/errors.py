@@ -1,4 +1,4 @@
-"""Errors that a user can put right. Messages name the value and the remedy; the command line prints them without a traceback."""
+"""Errors that a user can correct. Messages name the value and the remedy; the command line prints them without a traceback."""
 
 
 class ParloopError(Exception):

@@ -300,7 +300,7 @@ def test_samples_and_validation_are_mixed_as_the_weights_say(made, tokenizer, tm
 
 
 def test_tables_are_dealt_by_file_only_if_shares_come_out_about_as_large(made, tokenizer, tmp_path):
-    """Of three files for two streams one would get twice as much, so rows are dealt; of two or sixteen, files."""
+    """With three files for two streams, one would get twice as much, so rows are assigned; with two or sixteen files, files are."""
     for count, by_file in ((2, True), (3, False), (16, True), (15, False)):
         folder = tmp_path / str(count)
         folder.mkdir()

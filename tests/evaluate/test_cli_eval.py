@@ -19,7 +19,7 @@ SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 
 @pytest.fixture
 def parloop(monkeypatch, capsys, tmp_path):
-    """Runs the command in a folder with a checkpoint, tiny; gives its exit code, and what it said on both channels."""
+    """Run the command in a folder with a checkpoint, tiny; return its exit code, and its output on both channels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_plan_without_the_data_says_what_is_missing(parloop):
 
 
 def test_loops_beyond_those_of_the_training_can_be_measured(parloop):
-    """As parloop serve allows, and says."""
+    """Like parloop serve, which warns of it."""
     code, said = parloop("bfcl_v3", "tiny", "--loops", "5", "--plan")
     assert code == 0
     assert "PARLOOP_MODEL=tiny@5" in said

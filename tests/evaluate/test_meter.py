@@ -144,7 +144,7 @@ def test_a_server_that_is_gone(metered):
 
 
 def test_another_server_takes_over(metered):
-    """As when ours had to be started again, at another port."""
+    """Such as our own server after a restart, at another port."""
     meter, server = metered({"close": True})
     ask(meter)
     with Scripted(lambda request: OK) as other:

@@ -1,4 +1,4 @@
-"""What is missing, and what the messages say can be done: needs, the sandbox, the tools' environments."""
+"""Missing needs, and the messages about them: programs, the sandbox, the tools' environments."""
 
 import os
 import socket
@@ -69,7 +69,7 @@ def without(*names):
 
 
 def answers(returncode, stderr=""):
-    """What programs that are tried say."""
+    """Return a function that stands for running a program, with this result."""
 
     def fault(machine):
         machine.setattr(

@@ -1,4 +1,4 @@
-"""What each tool leaves, and what is read from it: recorded/README.md says which of these files are real."""
+"""The parsers on each tool's output. recorded/README.md says which of these files are real."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def copy(tool, folder):
 
 
 def agent(job, names, trajectory="tools-fix", patch="diff --git a/calc.py b/calc.py\n"):
-    """What mini-swe-agent leaves of these instances."""
+    """Write mini-swe-agent's output for these instances."""
     entries = {name: {"model_name_or_path": "openai/toy@2", "instance_id": name, "model_patch": patch} for name in names}
     for name in names:
         folder = job.work / "agent" / name
@@ -156,7 +156,7 @@ EXPECTED = {
 
 @pytest.fixture
 def job(tmp_path, request):
-    """Of the benchmark that the test is given as `name`."""
+    """Return a job of the benchmark that the test has as its parameter `name`."""
     benchmark = benchmarks()[request.getfixturevalue("name")]
     settings = benchmark.settings | ({"categories": CATEGORIES} if benchmark.name == "bfcl_v3" else {})
     job = Job(folder=tmp_path / "job", endpoint="", model="toy@2", loops=2, settings=settings)
@@ -514,7 +514,7 @@ def test_the_hard_subset_has_files_of_its_own(name, job):
 
 
 def test_other_problems_are_other_data(name, job):
-    """Of benchmarks whose data are given, or not pinned."""
+    """For benchmarks whose data are passed, or not pinned."""
     PLACED[name](job)
     if name.startswith("swe_bench"):
         job.data = job.folder / "data"

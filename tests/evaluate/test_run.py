@@ -271,7 +271,7 @@ def test_a_finished_result_needs_nothing(known, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_tool_that_outlives_its_run_keeps_others_out(known, server, tmp_path, monkeypatch, fresh):
-    """As after kill -9: it would write between the answers of the next run."""
+    """Such as after kill -9: the tool would write between the answers of the next run."""
     known(made(steps=shell("exec sleep 60")))
     left = []
     with monkeypatch.context() as killed:
@@ -290,7 +290,7 @@ def test_a_tool_that_outlives_its_run_keeps_others_out(known, server, tmp_path, 
 
 
 def test_seconds_are_those_of_all_runs(known, server, tmp_path):
-    """As requests and tokens are."""
+    """Like requests and tokens."""
     known(made(steps=shell("exit 1")))
     with pytest.raises(EvaluationError):
         evaluate(request(server, tmp_path), QUIET)
@@ -549,7 +549,7 @@ def test_our_server_that_ends_again_and_again(known, served, server, checkpoint,
 
 
 def test_a_server_that_ends_at_its_start_says_why(tmp_path, monkeypatch):
-    """The real one, of a checkpoint that is not there."""
+    """The real server, of a checkpoint that does not exist."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     log = tmp_path / "server.log"
     log.write_text("".join(f"line {n}\n" for n in range(20)) + "no such checkpoint\n")

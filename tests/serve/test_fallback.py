@@ -120,12 +120,12 @@ def generated(made, prompt: str, loops: int, tokens: int = 12) -> str:
 
 
 def said(text: str) -> dict:
-    """Of a chat request after HELLO."""
+    """Return a chat request with this message after HELLO."""
     return {"extra_body": {"generation_config": script("user:hello\nassistant:", text)}}
 
 
 def streamed(stream) -> tuple[str, list, list]:
-    """What a chat's stream says, its tool calls, and why it ended."""
+    """Return the text of a chat's stream, its tool calls, and the reasons why it ended."""
     choices = [piece.choices[0] for piece in stream]
     text = "".join(choice.delta.content or "" for choice in choices)
     calls = [call for choice in choices for call in choice.delta.tool_calls or []]
@@ -207,7 +207,7 @@ def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(chatty)
 
 
 async def written(text: str, ends=(), stop=(), parser=None) -> list[dict]:
-    """What a writer makes of a text that comes in parts."""
+    """Return the pieces that a writer makes of a text that arrives in parts."""
     writer = Writer(byte_tokenizer(), list(stop), parser)
     writer.put(torch.tensor([[5, 6, 7]]))  # the prompt
     with contextlib.suppress(Ended):
@@ -227,7 +227,7 @@ def test_answers_are_cut_the_same_however_they_come(stop, kept):
 
 
 def test_half_a_character_is_not_lost():
-    """As generate() leaves it where the limit falls into one."""
+    """generate() leaves one if the limit falls inside it."""
     tokens = byte_tokenizer()("aé").input_ids[:-1]
 
     async def said():

@@ -166,7 +166,7 @@ def test_mlx_asked_for_and_not_there(checkpoint):
 
 
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
-    """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
+    """In vLLM's environment transformers is older: the configuration works, and other imports give errors that say what to do."""
     code = (
         "import importlib.metadata as metadata; real = metadata.version\n"
         "metadata.version = lambda name: '5.19.0' if name == 'transformers' else real(name)\n"

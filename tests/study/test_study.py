@@ -165,7 +165,7 @@ def test_impossible_settings(recipe, tmp_path, change, message):
 
 
 class Links(HTMLParser):
-    """What a page would fetch."""
+    """Return the addresses that a page would fetch."""
 
     def __init__(self):
         super().__init__()

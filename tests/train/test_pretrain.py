@@ -649,7 +649,7 @@ def test_what_is_recomputed_is_run_twice(recipe, corpus, tmp_path, monkeypatch, 
 
 
 def test_what_can_be_changed(recipe, corpus, finished, tmp_path):
-    """Of a run that has begun, what does not change the result; of one that has not, everything."""
+    """In a run that has begun, settings that do not change the result; before that, all settings."""
 
     def stop_at(number):
         def stop(step, loss):
@@ -872,7 +872,7 @@ def test_a_source_that_is_not_there_names_the_recipe(tmp_path, monkeypatch, caps
 
 
 def test_branch_scaling_is_a_factor_at_every_branch(recipe, corpus, tmp_path, monkeypatch):
-    """Against a model that multiplies what it adds to the stream, trained as ever: same losses, and no factor is left in the model."""
+    """Compare with a model that multiplies its additions to the stream, trained as usual: same losses, and no factor is left in the model."""
     settings = {"loops": 2, "tokens": 8 * 4 * 32, "max_grad_norm": 1e9}  # clipping goes by the gradients, which differ
     ours = train(changed(recipe, branch_scaling="loops", **settings), tmp_path / "ours", corpus=corpus, console=QUIET)
 

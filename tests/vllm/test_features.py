@@ -96,7 +96,7 @@ def test_a_checkpoint_with_other_weights_is_refused(checkpoint, tmp_path, lacks,
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_weights_can_be_sent_later_one_by_one(checkpoint, load_format):
-    """As trainers do that sample with vLLM. (What its kernels repacked on a CPU cannot be; a norm can.)"""
+    """Trainers that sample with vLLM do this. (Weights that its kernels repacked on a CPU cannot be sent; a norm can.)"""
     with engine(checkpoint.folder, load_format=load_format) as llm:
         model, sent = model_of(llm), torch.full((128,), 2.0)
         assert model.load_weights([("model.norm.weight", sent)]) >= {"model.norm.weight"}
@@ -187,7 +187,7 @@ def test_lora(checkpoint, tmp_path):
 
 
 def mean_error(case, llm, lengths=(1, 40, 200)) -> float:
-    """Of log-probabilities, against the reference."""
+    """Return the mean error of log-probabilities against the reference."""
     errors = []
     for T in lengths:
         prompt = case.prompt(T)

@@ -200,7 +200,7 @@ def _check_reuse(complete: Callable[[str, int], Answer], again: list[dict[str, A
     for record, when in (
         (long, "a prompt of 129 tokens"),
         (long, "the same prompt once more"),
-        (more, "a conversation that goes on"),
+        (more, "a conversation that continues"),
     ):
         found = [complete(record["prompt"], len(record["right"]["text"]))]
         right = fit(found, [record["right"]])

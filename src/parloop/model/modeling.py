@@ -16,11 +16,11 @@ Because of the shift, loop r of token t needs loop r-1 of token t-1 only. So to 
 ONE pass over the weights (`PLTModel._one_token`); prompts and training go loop after loop (`PLTModel._loop_by_loop`). Both
 read and write one cache, and any split of a text into calls gives the same logits.
 
-The equations and the three ways are here; beside them
-    offset.py      b_r: how a loop reads the loop before it        masks.py       who sees whom
+The equations and the three passes are here. The other files:
+    offset.py      b_r: how a loop reads the loop before it        masks.py       which token sees which
     backends.py    how attention is called                        window.py      the window as bands
-    cache.py       what is kept for later tokens                  tail.py        what later loops of a prompt need
-    call.py        what a call may ask for                        generation.py  what generate() has to know
+    cache.py       state that later tokens read                   tail.py        the tokens of a prompt that later loops need
+    call.py        checks of a call's arguments                   generation.py  overrides of generate()
     rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
 
 Axes, as suffixes of tensor names:

@@ -94,7 +94,7 @@ def run_study(
             arms += [Arm(loops=1, compute_of=n, changes=combination) for n in counts if n > 1]
     swept = [text.partition("=")[0] for text in sweep or []]
     folder = output or default_folder(name, match, recipe.source if name is None else changes.get("source"), swept)
-    with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one goes on") as out:
+    with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one continues") as out:
         try:
             corpus: Corpus | TaskCorpus
             if is_task(recipe.source):

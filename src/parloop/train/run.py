@@ -42,7 +42,7 @@ RUN = Kind(
     over=False,  # files that a user edits during a run stay as they are
 )
 LEFT_OVER = "left-over.partial"  # names of files that a finished run must still delete
-GOES_ON = "it goes on from its last whole checkpoint"
+GOES_ON = "it continues from its last complete checkpoint"
 FREE_TO_CHANGE = {  # do not change what is trained
     "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gradient_accumulation", "gather",
     "replicas",
