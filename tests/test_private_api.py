@@ -134,7 +134,7 @@ def test_reentrant_checkpointing_under_ddp_can_be_seen():
 
 
 def test_a_trainer_saves_and_loads_through_what_is_overridden(monkeypatch, tmp_path):
-    """Else checkpoints are the library's own: mixtures forget their place, and one of many processes may count as whole before
+    """Otherwise checkpoints are the library's own: mixtures lose their cursor, and one of many processes may count as whole before
     all have written. _save_rng_state is the last to write, before the trainer's state says that the checkpoint is there."""
     saved = ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"]
     loaded = ["_load_from_checkpoint", "_load_optimizer_and_scheduler"]
@@ -198,7 +198,7 @@ def test_what_a_streamer_raises_ends_generate():
 
 
 def test_events_of_a_response_parser():
-    """serve/fallback_answers.Writer and answer_template: else reasoning and tool calls are not told apart from text."""
+    """serve/fallback_answers.Writer and answer_template: otherwise reasoning and tool calls are not separated from text."""
     text = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}
     call = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
     fields = {

@@ -19,7 +19,7 @@ SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 
 @pytest.fixture
 def parloop(monkeypatch, capsys, tmp_path):
-    """Runs the command in a folder with a checkpoint, tiny; gives its exit code, and what it said on both channels."""
+    """Run the command in a folder with a checkpoint, tiny; return its exit code, and its output on both channels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_plan_without_the_data_says_what_is_missing(parloop):
 
 
 def test_loops_beyond_those_of_the_training_can_be_measured(parloop):
-    """As parloop serve allows, and says."""
+    """Like parloop serve, which warns of it."""
     code, said = parloop("bfcl_v3", "tiny", "--loops", "5", "--plan")
     assert code == 0
     assert "PARLOOP_MODEL=tiny@5" in said
@@ -192,7 +192,7 @@ def test_a_run_against_a_server(parloop, asked):
         (["bfcl_v3", *SERVER, "--data", "x"], "--data 'x' must be BENCHMARK=PATH"),
         (["bigcodebench", *SERVER, "--data", "bigcodebench=no/[/y]"], "--data bigcodebench=no/[/y]: there is no such file or folder"),
         (["bfcl_v3", "empty"], "checkpoint 'empty' cannot be loaded: the folder has no usable config.json"),
-        (["--report"], "'runs/eval' is not there: give folders with results of parloop eval"),
+        (["--report"], "'runs/eval' does not exist: give folders with results of parloop eval"),
         (["--report", "tiny"], "no result below tiny: run parloop eval first"),
     ],
 )  # fmt: skip
@@ -258,7 +258,7 @@ def test_a_report_of_something_else(parloop, tmp_path):
     (tmp_path / "out/result.json").write_text('{"accuracy": 1}')
     code, said = parloop("--report", "out")
     assert code == 2
-    assert "'out/result.json' is no result of parloop eval (it has no benchmark): take it away" in said
+    assert "'out/result.json' is no result of parloop eval (it has no benchmark): remove it" in said
 
 
 @pytest.mark.parametrize("name", ["report.html", "evaluation.png", "evaluation.json"])

@@ -1,4 +1,4 @@
-"""What vLLM is handed of a checkpoint, without vLLM: every weight, and no other."""
+"""The weights that vLLM receives, tested without vLLM: every weight of a checkpoint, and no other."""
 
 import pytest
 import torch

@@ -18,12 +18,14 @@ class Variant:
 
     @property
     def label(self) -> str:
+        """Name of the variant in tables."""
         name = "Llama" if self.llama else f"R = {self.loops}"
         name += "" if self.tail else ", whole prompt"
         return name + ("" if self.one_pass else ", pass per loop") + (", compiled" if self.compiled else "")
 
     @property
     def kind(self) -> str:
+        """The way to run the model, in words."""
         if self.llama:
             return "transformers' LlamaForCausalLM"
         if not self.tail:
@@ -32,6 +34,7 @@ class Variant:
 
 
 def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Variant]:
+    """Return the variants of a decode block, each loop count also with a pass per loop."""
     ways = [False, True] if compiled else [False]
     variants = [Variant(1, llama=True, compiled=way) for way in ways if llama]
     variants += [Variant(n, compiled=way) for way in ways for n in loops]
@@ -39,4 +42,5 @@ def decode_variants(loops: list[int], llama: bool, compiled: bool) -> list[Varia
 
 
 def prefill_variants(loops: list[int], llama: bool) -> list[Variant]:
+    """Return the variants of a prefill block, each loop count also on the whole prompt."""
     return [Variant(1, llama=True)] * llama + [Variant(n) for n in loops] + [Variant(n, tail=False) for n in loops if n > 1]

@@ -31,21 +31,22 @@ from .configuration import PLTConfig, loop_count
 
 
 def window_index(config: PLTConfig, loop: int, layer: int) -> int:
+    """Return the index of the window of `layer` in `loop` (1 .. R-1)."""
     return config.num_hidden_layers * loop + layer
 
 
 def carry_index(config: PLTConfig, num_loops: int, loop: int) -> int:
-    """Index of the carry from `loop` to `loop + 1`."""
+    """Return the index of the carry from `loop` to `loop + 1`."""
     return config.num_hidden_layers * num_loops + loop
 
 
 def carries(config: PLTConfig, num_loops: int) -> int:
-    """Number of carries in a cache."""
+    """Count the carries in a cache."""
     return num_loops - 1 if config.plt_offset > 0 else 0
 
 
 class PrefixCache(DynamicCache):
-    """A cache that begins with keys and values which were learnt, as PEFT's prefix tuning does. Loop 1 holds them, so every loop
+    """A cache that begins with learnt keys and values, as PEFT's prefix tuning makes it. Loop 1 holds them, so every loop
     attends to them globally. They have no states: windows and carries begin with the text."""
 
     def __init__(self, keys_and_values: Iterable[tuple[torch.Tensor, torch.Tensor]]):
@@ -54,17 +55,17 @@ class PrefixCache(DynamicCache):
 
 
 def prefix_tokens(cache: Any) -> int:
-    """Number of tokens at a cache's beginning that only loop 1 holds."""
+    """Count the tokens at a cache's beginning that only loop 1 holds."""
     return cache.prefix_tokens if isinstance(cache, PrefixCache) else 0
 
 
 def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: int | None = None) -> Cache:
-    """An empty cache for `num_loops` loops (default: the configuration's).
+    """Make an empty cache for `num_loops` loops (default: the configuration's).
 
     Args:
         config: the model's configuration.
         num_loops: R. The cache then serves calls with this loop count only.
-        max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); else it grows.
+        max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); otherwise it grows.
 
     Returns:
         A stock DynamicCache or StaticCache of L * R + R - 1 layers, see the table at the top of this file.
@@ -124,7 +125,7 @@ def remember(cache: Cache | None, k_BGNK: torch.Tensor, v_BGNK: torch.Tensor, in
 
 
 def tokens_held(cache: Cache | None, config: PLTConfig, loop: int, layer: int) -> int:
-    """Number of earlier tokens that a window holds, at most w."""
+    """Count the earlier tokens that a window holds, at most w."""
     w = config.window_tokens
     return 0 if cache is None or w == 0 else min(cache.get_seq_length(window_index(config, loop, layer)), w)
 
@@ -141,14 +142,14 @@ def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
 
 
 def cached_loops(cache: Cache, config: PLTConfig) -> int | None:
-    """The loop count that a cache was made for, 0 if it has no layers yet, or None if it is not one of ours."""
+    """Return the loop count that a cache was made for, 0 if it has no layers yet, or None if parloop did not make it."""
     extra = 1 if config.plt_offset > 0 else 0
     loops, rest = divmod(len(cache.layers) + extra, config.num_hidden_layers + extra)
     return loops if rest == 0 else None
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
-    """Bytes held by a cache: {"full", "window", "carry"}."""
+    """Count the bytes that a cache holds: {"full", "window", "carry"}."""
     held = {"full": 0, "window": 0, "carry": 0}
     layers: list[Any] = cache.layers
     for layer in layers:

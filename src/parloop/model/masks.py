@@ -20,7 +20,7 @@ class Masks(TypedDict, total=False):
     """The masks of one call. A dictionary, not a dataclass: device hooks of accelerate move the tensors in it."""
 
     full: Any
-    """Causal mask over loop 1's keys, as the backend wants it. None: plain causality."""
+    """Causal mask over loop 1's keys, in the backend's format. None: plain causality."""
     window: Any
     """Mask over a later loop's own keys; of bands, if the call has several tokens and the backend knows no windows."""
     carry: torch.Tensor | None
@@ -47,7 +47,7 @@ def plt_masks(
     cache: Any,
     position_ids: torch.Tensor | None = None,
 ) -> Masks:
-    """Everything that decides who sees whom in one call.
+    """Make the masks of one call: all that decides which token sees which.
 
     Args:
         num_loops: R.
@@ -106,8 +106,8 @@ def plt_masks(
 
 
 def _for_one_query(real_BS: torch.Tensor, inputs_embeds: torch.Tensor, backend: str) -> torch.Tensor:
-    """The mask of a query that sees every real key, [B, 1, 1, S]: bool for sdpa, additive for eager. A row of padding alone sees
-    all of it: a softmax over nothing is not a number. Reads no values."""
+    """Make the mask of a query that sees every real key, [B, 1, 1, S]: bool for sdpa, additive for eager. A row that is padding
+    throughout sees all of it, since a softmax over no keys is NaN. Reads no values."""
     mask = (real_BS | ~real_BS.any(-1, keepdim=True))[:, None, None, :]
     if backend == "sdpa":
         return mask

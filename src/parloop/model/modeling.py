@@ -16,11 +16,11 @@ Because of the shift, loop r of token t needs loop r-1 of token t-1 only. So to 
 ONE pass over the weights (`PLTModel._one_token`); prompts and training go loop after loop (`PLTModel._loop_by_loop`). Both
 read and write one cache, and any split of a text into calls gives the same logits.
 
-The equations and the three ways are here; beside them
-    offset.py      b_r: how a loop reads the loop before it        masks.py       who sees whom
+The equations and the three passes are here. The other files:
+    offset.py      b_r: how a loop reads the loop before it        masks.py       which token sees which
     backends.py    how attention is called                        window.py      the window as bands
-    cache.py       what is kept for later tokens                  tail.py        what later loops of a prompt need
-    call.py        what a call may ask for                        generation.py  what generate() has to know
+    cache.py       state that later tokens read                   tail.py        the tokens of a prompt that later loops need
+    call.py        checks of a call's arguments                   generation.py  overrides of generate()
     rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
     cache_argument.py  by what name a cache is passed
 
@@ -95,7 +95,8 @@ class PLTGate(nn.Module):
             self.gate_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x_BND: torch.Tensor, q_BHNK: torch.Tensor) -> torch.Tensor:
-        """
+        """Compute the gate.
+
         Args:
             x_BND: the layer's input before the layer's own norm.
             q_BHNK: the rotated query.
@@ -147,7 +148,8 @@ class PLTAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs,
     ):
-        """
+        """Attend, and project the output.
+
         Args:
             x_BND: the layer's input; normed_BND: the same after the layer's norm.
             k1, v1: loop 1's keys and values of this layer, [B, G, S, K]; None when loop 1 is in this call.
@@ -178,19 +180,21 @@ class PLTAttention(nn.Module):
         return self.o_proj(out_BNHK.flatten(2)), weights, k1, v1
 
     def project(self, normed_BND: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
-        """Rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed input."""
+        """Return rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed
+        input."""
         heads = (*normed_BND.shape[:2], -1, self.head_dim)
         q, k, v = (proj(normed_BND).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return *apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings), v
 
     def gate(self, x_BND: torch.Tensor, q_BHNK: torch.Tensor) -> torch.Tensor:
-        """g [B, N, H, 1], see PLTGate. A model trained with one loop has no gate: the even blend that gates are initialised to."""
+        """Return g [B, N, H, 1], see PLTGate. A model trained with one loop has no gate and gets the even blend that
+        gates are initialised to."""
         if self.plt_gate is None:
             return q_BHNK.new_full((), 0.5).expand(*x_BND.shape[:2], self.num_heads, 1)
         return self.plt_gate(x_BND, q_BHNK)
 
     def _one_token(self, x_BRD, q, k, v, k1, v1, masks: Masks, cache: Cache | None, **kwargs) -> torch.Tensor:
-        """All loops of one token, [B, R, H, K]. In attention, the rows are the queries of a key head: H/G per loop."""
+        """Attend for all loops of one token, [B, R, H, K]. The rows are the queries of a key head: H/G per loop."""
         (B, H, R, K), G = q.shape, self.num_kv_heads
         global_BRHK = attend_rows(self, q.reshape(B, G, -1, K), k1, v1, masks["full"], **kwargs)
         global_BRHK = global_BRHK.reshape(B, H, R, K).transpose(1, 2)
@@ -290,7 +294,8 @@ class PLTModel(PLTPreTrainedModel):
         prompt_tokens: int = 0,
         **kwargs,
     ) -> PLTModelOutputWithPast:
-        """
+        """Run the loops on T tokens.
+
         Args:
             input_ids: [B, T]; or inputs_embeds: [B, T, D].
             attention_mask: [B, tokens so far], 0 for padding. None: no padding.
@@ -360,7 +365,7 @@ class PLTModel(PLTPreTrainedModel):
         )
 
     def _loop_by_loop(self, e_BTD: torch.Tensor, num_loops: int, call: dict, keep: int | None) -> list[torch.Tensor]:
-        """h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
+        """Compute h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
         masks, cache = call["masks"], call[CACHE]
         visit: Any = self._stack
         if self.checkpoint_loops and self.training and cache is None:
@@ -381,14 +386,14 @@ class PLTModel(PLTPreTrainedModel):
         return states
 
     def _stack(self, x_BTD: torch.Tensor, k1: list, v1: list, loop: int, call: dict):
-        """All layers of one loop, over all tokens: [B, T, D], and loop 1's keys and values of every layer."""
+        """Run all layers of one loop over all tokens. Returns [B, T, D], and loop 1's keys and values of every layer."""
         k1, v1 = list(k1), list(v1)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # the library's early exit lowers it
             x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, one_token=False, **call)
         return x_BTD, k1, v1
 
     def _one_token(self, e_B1D: torch.Tensor, num_loops: int, call: dict) -> list[torch.Tensor]:
-        """A decode step: the loops of one token as R rows of one pass, h_1 .. h_R, each [B, 1, D]. Exact, because every row's
+        """Run a decode step: the loops of one token as R rows of one pass, h_1 .. h_R, each [B, 1, D]. Exact, because every row's
         input is already known: row r reads loop r-1's state of the previous token, which the cache carries."""
         masks, cache = call["masks"], call[CACHE]
         x_BRD = self.offset.of_one_token(e_B1D, num_loops, masks, cache)
@@ -437,7 +442,7 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         exact_tail: bool = True,
         **kwargs,
     ) -> PLTCausalLMOutputWithPast:
-        """As in `LlamaForCausalLM`, with the loop dial.
+        """Compute logits, and the loss if there are labels: `LlamaForCausalLM.forward` with the loop dial.
 
         Args:
             num_loops: R for this call; default: the configuration's. A count that the model was not trained at warns once.

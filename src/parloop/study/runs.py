@@ -1,4 +1,4 @@
-"""The runs of a study: an arm and a seed each, in a folder of its own, trained, evaluated and looked at."""
+"""The runs of a study: one per arm and seed, each in a folder of its own, trained, evaluated and diagnosed."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ from .jobs import side_by_side
 from .task import TaskCorpus
 
 INSTANCES = 256  # held-out questions of every group of a task
-LENS_SAMPLES = 32  # for the report's chapter on what each loop adds; parloop diagnose takes more
+LENS_SAMPLES = 32  # for the report's section on what each loop adds; parloop diagnose takes more
 
 
 @dataclass
@@ -37,12 +37,14 @@ class Run:
     """One training.
 
     Attributes:
-        arm, seed: whose it is.
-        recipe: the protocol for them.
-        flops: of the whole training.
-        first: whether it is the arm's first seed, which is timed and looked at through the lenses.
-        training: what `train` returned, and evaluation: its losses; both are there once `train_all` is through.
-        answers: to the held-out questions of a task, likewise.
+        arm: its arm.
+        seed: its seed.
+        recipe: the protocol for this arm and seed.
+        flops: FLOPs of the whole training.
+        first: whether this is the arm's first seed, whose model is timed and diagnosed.
+        training: the result of `train`, set by `train_all`.
+        evaluation: held-out losses, set by `train_all`.
+        answers: outcomes on held-out questions of a task, set by `train_all`.
     """
 
     arm: Arm
@@ -56,15 +58,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's folder in the study's."""
+        """Name of the run's folder in the study's folder."""
         return f"{self.arm.name}-seed{self.seed}"
 
 
 def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: int, match: str) -> list[Run]:
-    """Return the runs in order, seed by seed, and of a seed from the cheapest arm to the dearest.
+    """Return the runs in order: seed by seed, and within a seed from the cheapest arm to the dearest.
 
     Raises:
-        RecipeError: all arms have the same compute already, and one is its control.
+        RecipeError: match is compute, so all arms have the same compute already, and one of them is the control compute.
     """
     if match == "compute" and any(arm.compute_of for arm in arms):
         raise RecipeError(
@@ -79,7 +81,7 @@ def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: in
     runs = []
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in sorted(arms, key=lambda arm: cost[arm]):
-            compute = cost[arm] if match == "tokens" else mean  # FLOPs of as many tokens as the recipe says
+            compute = cost[arm] if match == "tokens" else mean  # FLOPs per token, for the recipe's number of tokens
             if arm.compute_of:
                 own = recipes[arm]
                 compute = training_flops_per_token(own.plt_config(corpus.tokenizer), own.length, arm.compute_of)
@@ -99,7 +101,7 @@ def train_all(
     fresh: bool,
     jobs: int = 1,
 ) -> None:
-    """Train, evaluate and diagnose every run in a folder of its own. What is there already is kept.
+    """Train, evaluate and diagnose every run in a folder of its own. Finished runs are kept.
 
     Args:
         jobs: runs at a time.
@@ -125,7 +127,7 @@ def finish(
     console: Console,
     on_step: Callable[[int, float], None],
 ) -> Run:
-    """Train a run, evaluate it, and look at it if it is the first of its arm. Returns the run, with what was found."""
+    """Train and evaluate a run, diagnose it if it is the first of its arm, and return it with the results."""
     on_step(0, float("nan"))
     prepared = corpus if isinstance(corpus, Corpus) else None
     run.training = train(run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh)
@@ -159,9 +161,9 @@ class Bars:
 
 
 def look_at(run: Run, folder: Path, corpus: Corpus | TaskCorpus, document_chars: int, console: Console) -> None:
-    """Evaluate a trained run on every validation document, or on held-out questions of a task, and diagnose it if it is the arm's first.
+    """Evaluate a trained run on every validation document, or on held-out questions of a task; diagnose the arm's first run.
 
-    The checkpoint is loaded once, and not at all if the folder holds both; the corpus has the documents, so its source is not read.
+    The checkpoint is loaded once, and not at all if the folder holds both results. Documents come from the corpus, not from its source.
     """
     kept = document_chars if isinstance(corpus, Corpus) else INSTANCES
     losses, diagnosis = folder / f"evaluation-{kept}.npz", folder / CheckpointDiagnosis.FILE

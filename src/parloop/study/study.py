@@ -1,10 +1,10 @@
-"""The study: one model per loop count under a matched protocol, what each loop gives and costs, and which count to take.
+"""The study: train one model per loop count under a matched protocol, measure the gain and cost of every loop, recommend a count.
 
-    corpus -> for every seed and arm: train, evaluate, look through the lenses -> time the models side by side -> statistics -> report
+    corpus -> for every seed and arm: train, evaluate, diagnose -> time the models side by side -> statistics -> report
 
-Matched are the initial draws, the data order, the optimiser, and the number of training tokens, or with `match="compute"`
-the training FLOPs (each arm then gets the mean of what the arms would cost at equal tokens). A study's folder can be
-run again: finished runs are kept, an interrupted one goes on.
+All arms share the initial draws, the data order, the optimizer, and the number of training tokens, or with `match="compute"` the
+training FLOPs (each arm then gets the mean of the arms' costs at equal tokens). A study can be run again in its folder: finished runs
+are kept, an interrupted one continues.
 """
 
 from collections.abc import Sequence
@@ -51,25 +51,28 @@ def run_study(
 
     Args:
         recipe: the protocol: a recipe, the name of a shipped one, or a file. Its loops, tokens and seed are set by the study.
-        output: the folder. Default: runs/study-RECIPE, with the match and the source if they are not the default.
+        output: the folder. Default: runs/study-RECIPE, followed by the match and the source if they are not the default.
         loops: the loop counts to compare; default 1, 2, 3, 4.
         seeds: trainings per loop count.
         match: "tokens" or "compute".
-        controls: models of one loop beside every loop count above 1: "deep" has as many times the layers, each with weights of its own,
-            "compute" trains on as many more tokens as the loops' training compute buys.
-        sweep: fields of the recipe that models differ in beside the loop count, each as learning_rate=1e-3,3e-3; every combination is trained.
-        changes: fields of a recipe that is named, and their values.
-        document_chars: characters of each validation document that are evaluated.
+        controls: adds models of one loop for every loop count R above 1: "deep" has R times the layers, each with weights of its own;
+            "compute" trains on as many tokens as the training compute of R loops buys.
+        sweep: fields of the recipe in which models differ besides the loop count, each as learning_rate=1e-3,3e-3; every combination is
+            trained.
+        changes: new values for fields of a recipe that is given by name or file.
+        document_chars: characters of each validation document that are evaluated; 0: all.
         jobs: runs at a time, a process each. More than one needs a script that can be imported (`if __name__ == "__main__":`).
-        command: what the report says the study was started with.
+        console: where progress is printed; default: the standard output.
+        command: the command that the report names; default: this process's own.
+        fresh: train finished runs again too.
 
     Returns:
         the result. results.json in the folder holds the same.
 
     Raises:
-        RecipeError: impossible settings, or a folder with another study.
+        RecipeError: the settings are impossible, or a run in the folder is of another recipe.
         SourceError: there is no text to train on.
-        OutputError: the folder cannot be written, holds something else than a study, or another command works in it.
+        OutputError: the folder cannot be written, holds something other than a study, or another command works in it.
     """
     console, changes = console or Console(), changes or {}
     name = recipe if isinstance(recipe, str) else None
@@ -95,7 +98,7 @@ def run_study(
             arms += [Arm(loops=1, compute_of=n, changes=combination) for n in counts if n > 1]
     swept = [text.partition("=")[0] for text in sweep or []]
     folder = output or default_folder(name, match, recipe.source if name is None else changes.get("source"), swept)
-    with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one goes on") as out:
+    with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one continues") as out:
         try:
             corpus: Corpus | TaskCorpus
             if is_task(recipe.source):
@@ -117,7 +120,7 @@ def run_study(
 
 
 def default_folder(preset: str | None, match: str, source: str | None, swept: Sequence[str] = ()) -> Path:
-    """Return runs/study-PRESET, with the match and the source if they are not the default, and the fields that are swept over."""
+    """Return runs/study-PRESET, followed by the match and the source if they are not the default, and by the fields of a sweep."""
     parts = ["study", *([Path(preset).stem] if preset else []), *([match] if match != "tokens" else []), *swept]
     if source is not None and source != "stdlib":
         parts.append("".join(c if c.isalnum() else "-" for c in source).strip("-")[-40:])
