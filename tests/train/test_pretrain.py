@@ -835,7 +835,9 @@ def test_a_disk_that_refuses_is_said_in_a_sentence(recipe, corpus, tmp_path, lim
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot be written \(.*\): choose another --output, or make this one writable"):
+        with pytest.raises(
+            OutputError, match=r"cannot be written \(.*\): choose another --output, or make this one writable"
+        ):
             train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
