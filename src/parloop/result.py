@@ -46,7 +46,7 @@ class Result:
                 raise ValueError(f"its format is {number}, and this version of parloop reads {cls.FORMAT}")
             return build(cls, content)
         except (TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"it is no {cls.__name__}: {error}") from error
+            raise ValueError(f"it is not a {cls.__name__}: {error}") from error
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -116,7 +116,7 @@ def build(kind: Any, content: dict[str, Any]) -> Any:
         TypeError: a field has another type.
     """
     if not isinstance(content, dict):
-        raise TypeError(f"{content!s:.50} is no {kind.__name__}")
+        raise TypeError(f"{content!s:.50} is not a {kind.__name__}")
     hints, values = typing.get_type_hints(kind), {}
     for field in kept_fields(kind):
         if field.name in content:

@@ -172,9 +172,9 @@ def test_a_run_against_a_server(parloop, asked):
     [
         ([], "name at least one benchmark: parloop eval --list shows them"),
         (["tiny"], "name at least one benchmark"),
-        (["humanevil_plus", "tiny"], "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus?"),
-        (["humanevil_plus", *SERVER], "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus?"),
-        (["bfcl_v3", "nowhere"], "'nowhere' is no benchmark, and no folder: parloop eval --list shows them (held_out, humaneval_plus"),
+        (["humanevil_plus", "tiny"], "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus?"),
+        (["humanevil_plus", *SERVER], "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus?"),
+        (["bfcl_v3", "nowhere"], "'nowhere' is not a benchmark, and not a folder: parloop eval --list shows them (held_out, humaneval_plus"),
         (["bfcl_v3", "tiny", "empty"], "tiny, empty: give one checkpoint"),
         (["bfcl_v3", "no/where", "--loops", "1", "2"], "checkpoint 'no/where' cannot be loaded"),
         (["bfcl_v3"], "give a checkpoint, or --endpoint URL with --model NAME"),
@@ -187,7 +187,7 @@ def test_a_run_against_a_server(parloop, asked):
         (["bfcl_v3", *SERVER, "--set", "seed"], "--set 'seed' must be BENCHMARK.NAME=VALUE"),
         (["bfcl_v3", *SERVER, "--set", "seed=1"], "--set 'seed=1' must be BENCHMARK.NAME=VALUE"),
         (["bfcl_v3", *SERVER, "--set", "bfcl_v3.sed=1"], "bfcl_v3 has no setting 'sed': it has mode, temperature"),
-        (["bfcl_v3", *SERVER, "--set", "bfcl.seed=1"], "'bfcl' is no benchmark"),
+        (["bfcl_v3", *SERVER, "--set", "bfcl.seed=1"], "'bfcl' is not a benchmark"),
         (["bigcodebench", *SERVER, "--set", "bigcodebench.temperature=0.5"], "bigcodebench.temperature is 0.0 with bigcodebench 0.2.5"),
         (["bfcl_v3", *SERVER, "--data", "x"], "--data 'x' must be BENCHMARK=PATH"),
         (["bigcodebench", *SERVER, "--data", "bigcodebench=no/[/y]"], "--data bigcodebench=no/[/y]: there is no such file or folder"),
@@ -258,7 +258,7 @@ def test_a_report_of_something_else(parloop, tmp_path):
     (tmp_path / "out/result.json").write_text('{"accuracy": 1}')
     code, said = parloop("--report", "out")
     assert code == 2
-    assert "'out/result.json' is no result of parloop eval (it has no benchmark): remove it" in said
+    assert "'out/result.json' is not a result of parloop eval (it has no benchmark): remove it" in said
 
 
 @pytest.mark.parametrize("name", ["report.html", "evaluation.png", "evaluation.json"])

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_result(tmp_path, content, why):
     saved(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_text(content)
-    with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): remove it"):
+    with pytest.raises(EvaluationError, match=rf"b/result.json' is not a result of parloop eval \(.*{why}.*\): remove it"):
         load_results([tmp_path])
 
 
@@ -175,13 +175,13 @@ def test_a_result_with_values_of_another_kind(tmp_path, change):
     saved(tmp_path)
     path = tmp_path / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+    with pytest.raises(EvaluationError, match="is not a result of parloop eval"):
         load_results([tmp_path])
 
 
 def test_a_result_that_is_nested_too_deeply(tmp_path):
     (tmp_path / "result.json").write_text("[" * 50_000)
-    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+    with pytest.raises(EvaluationError, match="is not a result of parloop eval"):
         load_results([tmp_path])
 
 

@@ -567,10 +567,10 @@ ONE = {"endpoint": "http://x/v1", "model": "m"}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"benchmarks": ["humanevil_plus"], **ONE}, "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus\\?"),
-        ({"benchmarks": ["x"], **ONE}, "'x' is no benchmark, and no folder: parloop eval --list shows them"),
-        ({"benchmarks": ["bfcl_v3"], "data": {"bfcl": Path(".")}, **ONE}, "'bfcl' is no benchmark"),
-        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl": {"seed": 1}}, **ONE}, "'bfcl' is no benchmark"),
+        ({"benchmarks": ["humanevil_plus"], **ONE}, "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus\\?"),
+        ({"benchmarks": ["x"], **ONE}, "'x' is not a benchmark, and not a folder: parloop eval --list shows them"),
+        ({"benchmarks": ["bfcl_v3"], "data": {"bfcl": Path(".")}, **ONE}, "'bfcl' is not a benchmark"),
+        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl": {"seed": 1}}, **ONE}, "'bfcl' is not a benchmark"),
         ({"benchmarks": [], **ONE}, "name at least one benchmark"),
         ({"benchmarks": ["bfcl_v3"]}, "give a checkpoint, or --endpoint URL with --model NAME"),
         ({"benchmarks": ["bfcl_v3"], "checkpoint": "x", **ONE}, "give the checkpoint 'x' or --endpoint http://x/v1: one of both"),

@@ -286,7 +286,7 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert not (tmp_path / "run" / "checkpoint-99").exists()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"other things than a run \(notes.txt\), so it is not deleted: move these away"):
+    with pytest.raises(OutputError, match=r"holds more than a run \(notes.txt\), so it is not deleted: move these away"):
         train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / "training.json").exists()
 
@@ -835,7 +835,9 @@ def test_a_disk_that_refuses_is_said_in_a_sentence(recipe, corpus, tmp_path, lim
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot be written \(.*\): choose another --output, or see to it"):
+        with pytest.raises(
+            OutputError, match=r"cannot be written \(.*\): choose another --output, or make this one writable"
+        ):
             train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

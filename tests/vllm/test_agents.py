@@ -262,7 +262,7 @@ def test_a_conversation_with_what_tools_answered(hermes, checkpoint):
         {"role": "assistant", "content": "So 2.", "reasoning": "so", "tool_calls": None, "function_call": None},
         {"role": "user", "content": "sure?"},
     ]  # fmt: skip
-    empty = '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'  # what is no JSON becomes this, too
+    empty = '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'  # text that is not JSON becomes this, too
     expected = f"""<|im_start|>user
 hello<|im_end|>
 <|im_start|>assistant

@@ -52,7 +52,7 @@ def study(
         Fields of the recipe in which models differ besides the loop count, with their values: --sweep learning_rate=1e-3,3e-3
         branch_scaling=none,loops trains every combination.
     jobs
-        Runs at a time. Default: one on a GPU, else one for each thread that torch may use, and at most 4.
+        Number of concurrent runs. Default: one on a GPU, otherwise one per thread that torch may use, at most 4.
     output
         Folder of the study. Default: runs/study-PRESET, followed by the match and the source if they are not the default, and by the fields of a
         sweep.

@@ -175,8 +175,7 @@ def _distinct(source: str) -> Iterator[tuple[str, bytes, Any, str]]:
 
 
 def conversation(row: Any) -> tuple[Any, str]:
-    """Convert a row to (messages, tools, template options) as templates expect them, or (None, reason why it is no
-    conversation).
+    """Convert a row to (messages, tools, template options) as templates expect them, or (None, reason why it is not a conversation).
 
     Content in parts is joined, and a call's arguments are parsed if they are JSON text: OpenAI's forms of both.
     Reasoning beside the content is stored under both of its usual names, `reasoning` and `reasoning_content`. Template
@@ -217,10 +216,10 @@ def conversation(row: Any) -> tuple[Any, str]:
     except ValueError:
         return None, "tools that are not JSON"
     if tools is not None and not isinstance(tools, list):
-        return None, "tools that are no list"
+        return None, "tools that are not a list"
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict) or options.keys() & OURS:
-        return None, "chat_template_kwargs that are no options of a template"
+        return None, "chat_template_kwargs that are not options of a template"
     if row.get("enable_thinking") is not None:
         options = options | {"enable_thinking": row["enable_thinking"]}
     if not isinstance(options.get("enable_thinking", True), bool):

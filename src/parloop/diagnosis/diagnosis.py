@@ -100,7 +100,7 @@ class Diagnosis:
             raise DiagnosisError(f"there is no lens {lens!r}: {hint}")
         if isinstance(loop, bool) or not hasattr(loop, "__index__") or not 1 <= operator.index(loop) <= self.loops:
             there = "1" if self.loops == 1 else f"1 to {self.loops}"
-            raise DiagnosisError(f"{name}={loop!r} is no loop of this diagnosis: there are {there}.")
+            raise DiagnosisError(f"{name}={loop!r} is not a loop of this diagnosis: there are {there}.")
         return self.values[lens][:, operator.index(loop) - 1]
 
     def one_more(self) -> Interval:

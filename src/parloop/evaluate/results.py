@@ -252,7 +252,7 @@ def load_results(folders: list[Path]) -> list[BenchmarkResult]:
                 result = BenchmarkResult.from_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise EvaluationError(
-                    f"{str(path)!r} is no result of parloop eval ({error}): remove it, and run parloop eval again if it was one."
+                    f"{str(path)!r} is not a result of parloop eval ({error}): remove it, and run parloop eval again if it was one."
                 ) from error
             result.path = path
             found[path.resolve()] = result

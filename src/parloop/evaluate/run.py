@@ -95,7 +95,7 @@ class Request:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"parloop eval --list shows them ({', '.join(known)})."
                 raise EvaluationError(
-                    f"{name!r} is no benchmark{'' if name in self.data | self.settings else ', and no folder'}: {hint}"
+                    f"{name!r} is not a benchmark{'' if name in self.data | self.settings else ', and not a folder'}: {hint}"
                 )
         if not self.benchmarks:
             raise EvaluationError("name at least one benchmark: parloop eval --list shows them.")

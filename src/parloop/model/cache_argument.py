@@ -1,7 +1,7 @@
-"""The argument that a cache is passed by: `cache` from transformers 5.24 on, before that `past_key_values`.
+"""The name of the cache argument: `cache` from transformers 5.24 on, `past_key_values` before.
 
-The model is written with `cache` and can be called by either name. Where the library gives it a cache or reads one (generate(), masks,
-checkpointed layers, fields of outputs), the name is the installed version's, CACHE.
+The model's code uses `cache`, and callers may use either name. Where the library passes or reads a cache (generate(), masks,
+checkpointed layers, fields of outputs), the name is that of the installed version, CACHE.
 """
 
 import inspect
@@ -17,12 +17,12 @@ F = TypeVar("F", bound=Callable)
 
 
 def takes_cache(function: F) -> F:
-    """Let a function with an argument `cache` be called with `past_key_values`, too.
+    """Allow `past_key_values` as another name of a function's argument `cache`.
 
     Its signature shows the installed version's name, since generate() refuses arguments that forward() does not show.
 
     Raises:
-        ValueError: when called with a cache by each name.
+        ValueError: a call passes a cache under both names.
     """
     signature = inspect.signature(function)
 

@@ -36,7 +36,8 @@ def chosen_loops(model: Any, num_loops: int | None) -> int:
 
 
 def check_call(model: Any, num_loops: int, output_hidden_states: bool | int | list[int] | None) -> None:
-    """
+    """Refuse a call whose arguments contradict its loop count.
+
     Raises:
         ValueError: hidden states chosen by numbers that mean other loops; reentrant checkpointing of loops in
             DistributedDataParallel.
@@ -66,7 +67,7 @@ def check_inputs(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> tuple[torch.Tensor | None, bool]:
-    """The attention mask (None if it masks nothing), and whether position_ids pack several documents into a row.
+    """Return the attention mask (None if it masks nothing), and whether position_ids pack several documents into a row.
 
     The mask's values are read, which makes a GPU wait; but not in the single steps that follow a left-padded prompt, where the mask
     grows by ones.
@@ -115,7 +116,7 @@ def check_inputs(
     if attention_mask is not None:
         raise ValueError(
             "Packed documents (position_ids restart) together with padding in attention_mask: leave attention_mask out. "
-            "Documents are told apart by position_ids, and padding after them is never seen."
+            "Documents are distinguished by position_ids, and padding after them is never seen."
         )
     if backend.startswith("flash") and position_ids.shape[0] > 1:
         raise ValueError(
@@ -126,7 +127,7 @@ def check_inputs(
 
 
 def _refuse_padding_inside(attention_mask: torch.Tensor) -> None:
-    """Padding between tokens of one text: windows and carries hold neighbours, and would hold the padding."""
+    """Refuse padding between tokens of one text: windows and carries hold neighbours, and would hold the padding."""
     real = attention_mask.bool()
     if bool(((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any()):
         raise ValueError(

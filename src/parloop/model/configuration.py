@@ -278,7 +278,7 @@ class PLTConfig(PreTrainedConfig):
         dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-            raise ValueError(f"dtype={dtype!r} is none that a model can have: use 'bfloat16', 'float16' or 'float32'.")
+            raise ValueError(f"dtype={dtype!r} is not a dtype of models: use 'bfloat16', 'float16' or 'float32'.")
 
     def _check_numbers(self) -> None:
         rope = {name: value for name, value in (self.rope_parameters or {}).items() if name not in ("rope_type", "type")}

@@ -1,7 +1,7 @@
-"""Several runs of a study at a time, a process each.
+"""Concurrent runs of a study, one process each.
 
-Small models leave most of a processor's threads waiting for each other, so that two runs of one thread each are through sooner than one
-after the other with two threads (docs/log.md).
+With small models, a processor's threads mostly wait for each other, so two concurrent runs with one thread each finish sooner than two
+consecutive runs with two threads (docs/log.md).
 """
 
 import io
@@ -18,30 +18,30 @@ from rich.console import Console
 
 from ..errors import RecipeError
 
-MOST = 4  # at a time unless somebody asks for more: each run needs memory of its own
+MOST = 4  # default maximum, since each run needs its own memory
 
-_messages: Any = None  # in a process of a run: where it reports its steps
+_messages: Any = None  # in a run's process: the queue for its steps
 
 
 def default_jobs(device: str) -> int:
-    """Return how many runs go side by side: one on a GPU, else one for each thread that torch may use, and at most MOST."""
+    """Return the number of concurrent runs: one on a GPU, otherwise one per thread that torch may use, at most MOST."""
     return 1 if device == "cuda" or torch.cuda.is_available() else min(MOST, torch.get_num_threads())
 
 
 def side_by_side(
     work: Callable[..., Any], runs: list[Any], jobs: int, on_step: Callable[[int, int, float], None], console: Console
 ) -> list[Any]:
-    """Return what `work` returns for every run, in the order of the runs.
+    """Call `work` for every run in several processes, and return its results in the order of the runs.
 
     Args:
-        work: called in another process as `work(run, console=.., on_step=..)`; it and the runs can be pickled.
-        jobs: processes; they share torch's threads.
-        on_step: called here with a run's number, the step that it has made, and its loss.
-        console: where it is said what the runs say.
+        work: called in another process as `work(run, console=.., on_step=..)`. It and the runs must be picklable.
+        jobs: number of processes; they share torch's threads.
+        on_step: called in this process with a run's number, its step and its loss.
+        console: where the runs' output is printed.
 
     Raises:
         RecipeError: a process was killed, most likely for lack of memory.
-        Exception: what a run raised; the others are stopped, and go on when the study is run again.
+        Exception: the exception of a run; the others are stopped, and continue when the study is run again.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads may hang
     messages, others = context.SimpleQueue(), set(multiprocessing.active_children())
@@ -63,7 +63,7 @@ def side_by_side(
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise RecipeError(
-                    f"a training process was killed, perhaps for lack of memory with {jobs} at a time: run it again with --jobs 1."
+                    f"a training process was killed, perhaps for lack of memory with {jobs} concurrent runs: run it again with --jobs 1."
                 ) from error
             raise
     return results

@@ -1,4 +1,4 @@
-"""The runs of a study: one per arm and seed, each in a folder of its own, trained, evaluated and diagnosed."""
+"""The runs of a study: one per arm and seed, each in its own folder, trained, evaluated and diagnosed."""
 
 import dataclasses
 import os
@@ -63,7 +63,7 @@ class Run:
 
 
 def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: int, match: str) -> list[Run]:
-    """Return the runs in order: seed by seed, and within a seed from the cheapest arm to the dearest.
+    """Return the runs in order: seed by seed, and within a seed from the cheapest arm to the most expensive.
 
     Raises:
         RecipeError: match is compute, so all arms have the same compute already, and one of them is the control compute.
@@ -101,10 +101,10 @@ def train_all(
     fresh: bool,
     jobs: int = 1,
 ) -> None:
-    """Train, evaluate and diagnose every run in a folder of its own. Finished runs are kept.
+    """Train, evaluate and diagnose every run in its own folder. Finished runs are kept.
 
     Args:
-        jobs: runs at a time.
+        jobs: number of concurrent runs.
     """
     work = partial(finish, output=output, corpus=corpus, document_chars=document_chars, fresh=fresh)
     with progress_bars(console) as progress:
@@ -146,7 +146,7 @@ class Bars:
         self.steps = [0] * len(runs)
 
     def show(self, number: int, step: int, loss: float) -> None:
-        """Move the bars: run `number` has made so many steps. A loss that is not known is NaN."""
+        """Update the bars: run `number` is at this step. An unknown loss is NaN."""
         run = self.runs[number]
         if number not in self.tasks:
             seed = "" if self.runs[-1].first else f", seed {run.seed}"

@@ -61,7 +61,7 @@ def run_study(
             trained.
         changes: new values for fields of a recipe that is given by name or file.
         document_chars: characters of each validation document that are evaluated; 0: all.
-        jobs: runs at a time, a process each. More than one needs a script that can be imported (`if __name__ == "__main__":`).
+        jobs: number of concurrent runs, one process each. More than one needs a script that can be imported (`if __name__ == "__main__":`).
         console: where progress is printed; default: the standard output.
         command: the command that the report names; default: this process's own.
         fresh: train finished runs again too.

@@ -219,7 +219,7 @@ class Recipe(RunSettings):
         for entry in self.mixture:
             if is_task(entry["source"]):
                 raise RecipeError(
-                    f"mixture: {entry['source']!r} is a task, which is no part of a mixture: train on it alone, as source."
+                    f"mixture: {entry['source']!r} is a task, which cannot be part of a mixture: train on it alone, as source."
                 )
         if is_task(self.source):
             task_of(self.source)  # raises: there is none, or none with these options

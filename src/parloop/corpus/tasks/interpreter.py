@@ -203,7 +203,7 @@ class _Interpreter:
     def _list(self, expression: ast.expr, names: dict[str, Value]) -> list[int]:
         value = self._value(expression, names)
         if not isinstance(value, list):
-            raise ProgramError(f"{ast.unparse(expression)!r} is no list.")
+            raise ProgramError(f"{ast.unparse(expression)!r} is not a list.")
         return value
 
     def _index(self, items: list[int], expression: ast.expr, names: dict[str, Value]) -> int:
@@ -215,7 +215,7 @@ class _Interpreter:
 
 def _as_number(value: Value) -> int:
     if isinstance(value, list):
-        raise ProgramError("a list stands where a number is needed.")
+        raise ProgramError("a list where a number is needed.")
     return value
 
 

@@ -5,7 +5,7 @@ Input and answer at each position, as in Liu et al., "Transformers learn shortcu
 that grow with it. Permutations of five items form a group that is not solvable, so it cannot compute their products at all unless
 TC0 = NC1. The length at which a trained model fails therefore measures its depth.
 
-A held-out document is EIGHT times as long as a training document. Its beginning of that length is no training document; shorter beginnings
+A held-out document is EIGHT times as long as a training document. Its beginning of that length is not a training document; shorter beginnings
 cannot be held out, because there are too few (every sequence of eight bits occurs in training).
 """
 
