@@ -91,7 +91,9 @@ def figure_of(studies: dict[str, list[Way]], units: dict[str, str]) -> Figure:
             }
             left.plot(each.groups, each.right, label=each.name, markersize=5, **style)
             left.fill_between(each.groups, each.low, each.high, color=style["color"], alpha=0.12, linewidth=0)
-            right.plot(each.flops.mean() / 1e3, each.right.mean(), label=each.name, markersize=8, **style | {"linestyle": ""})
+            right.plot(
+                each.flops.mean() / 1e3, each.right.mean(), label=each.name, markersize=8, **style | {"linestyle": ""}
+            )
         left.plot(found[0].groups, found[0].chance, color="black", linestyle=":", linewidth=1, label="chance")
         left.set_xlabel(units[task])
         left.set_ylabel(f"{task}\nanswers that are right (share)")

@@ -40,7 +40,9 @@ def test_an_error_of_a_run_ends_the_others():
 
 
 def test_a_killed_process_is_told_with_the_remedy():
-    with pytest.raises(RecipeError, match="a training process was killed, perhaps for lack of memory with 2 concurrent runs"):
+    with pytest.raises(
+        RecipeError, match="a training process was killed, perhaps for lack of memory with 2 concurrent runs"
+    ):
         side_by_side(die, [0, 1], 2, print, QUIET)
 
 
