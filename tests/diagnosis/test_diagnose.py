@@ -355,11 +355,11 @@ def test_loops_that_there_are_not_are_no_loops():
         with pytest.raises(DiagnosisError, match=rf"^loop={loop!r} is not a loop of this diagnosis: there are 1 to 3\.$"):
             seen.mean("loss", loop)
     for since in (0, -2, 4):
-        with pytest.raises(DiagnosisError, match=rf"^since={since} is no loop .* 1 to 3"):
+        with pytest.raises(DiagnosisError, match=rf"^since={since} is not a loop .* 1 to 3"):
             seen.change("loss", 3, since=since)
     with pytest.raises(DiagnosisError, match=r"loop=1 has no loop before it: name another one, since="):
         seen.change("loss", 1)
-    with pytest.raises(DiagnosisError, match="loop=4 is no loop"):
+    with pytest.raises(DiagnosisError, match="loop=4 is not a loop"):
         seen.change("loss", 4)
     assert seen.change("loss", 1, since=3).value == pytest.approx(-seen.change("loss", 3, since=1).value)
     assert seen.mean("loss", np.int64(2)).as_list() == seen.mean("loss", 2).as_list()
