@@ -184,6 +184,7 @@ def test_shares_add_up_and_nothing_is_shared_evenly():
 
 
 def test_every_lens_says_what_it_is():
+    assert (LENSES["gate"].title, LENSES["loss"].title) == ("gate", "loss")
     assert {name: (lens.unit, lens.first_loop) for name, lens in LENSES.items()} == {
         "step_size": ("length", 1),
         "angular_change": ("cosine", 2),
