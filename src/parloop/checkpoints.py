@@ -55,14 +55,17 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
 
 
 def check_weights(checkpoint: str | Path) -> None:
-    """See that a checkpoint's weights are those that its config.json asks for, by their names and shapes. None are read. (Those of a
-    quantised checkpoint are another tool's business.)
+    """See that a checkpoint's weights are those that its config.json asks for, by their names and shapes. None are read. (Those that another
+    tool quantised are its business.)
 
     Raises:
         CheckpointError: they are not, or cannot be read.
     """
+    from .quantize.form import Scheme
+
     config = load_config(checkpoint)
-    if not any(hasattr(config, name) for name in ("quantization_config", "quantization")):  # the latter is MLX's
+    others = [name for name in ("quantization_config", "quantization") if hasattr(config, name)]  # the latter is MLX's
+    if not others or Scheme.of(getattr(config, "quantization_config", None)) is not None:
         load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, device_map="meta")
 
 
@@ -132,9 +135,10 @@ def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
         )
     model, found = loaded
     refuse_other_weights(checkpoint, model.config, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
-    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    if model.config.tie_word_embeddings and head is not embedding and not head.is_meta:  # transformers ties what is alike
-        raise other_head(checkpoint)
+    if model.config.tie_word_embeddings:
+        head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+        if head is not embedding and not head.is_meta:  # transformers ties what is alike
+            raise other_head(checkpoint)
     return model
 
 

@@ -22,9 +22,9 @@ from .registration import too_old, when_imported
 
 VERBS = {  # of the command line: the module in commands/, and its function
     "study": "study", "train": "train", "diagnose": "diagnose", "generate": "generate", "convert": "convert", "export": "export",
-    "bench": "bench", "serve": "serve", "check": "check", "eval": "evaluate", "run": "run",
+    "quantize": "quantize", "bench": "bench", "serve": "serve", "check": "check", "eval": "evaluate", "run": "run",
 }  # fmt: skip
-MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "study", "train"}  # they need the model in transformers
+MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "quantize", "study", "train"}  # they need the model in transformers
 EXTRAS = {
     "bench": "study",
     "diagnose": "study",

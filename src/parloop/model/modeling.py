@@ -246,6 +246,14 @@ class PLTPreTrainedModel(PreTrainedModel):
         self._weight_conversions: list = []
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As in the library; a checkpoint of `parloop quantize` keeps its weights packed."""
+        from ..quantize.quantizer import handed_over
+
+        config, kwargs = handed_over(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # the library looks for the call of its interface in this file's text; it is in backends.py
 

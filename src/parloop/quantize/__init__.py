@@ -1,0 +1,3 @@
+from .quantization import Quantized, quantize
+
+__all__ = ["Quantized", "quantize"]
