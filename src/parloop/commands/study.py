@@ -20,6 +20,7 @@ def study(
     seeds: int = 1,
     match: str = "tokens",
     control: Annotated[list[str] | None, Many] = None,
+    sweep: Annotated[list[str] | None, Many] = None,
     output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
@@ -46,8 +47,11 @@ def study(
     control
         Models of one loop beside every loop count above 1. deep: as many times the layers, each with its own weights. compute: as many more
         training tokens as the loops' compute buys.
+    sweep
+        Fields of the recipe that models differ in beside the loop count, with their values: --sweep learning_rate=1e-3,3e-3 branch_scaling=none,loops
+        trains every combination.
     output
-        Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default.
+        Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default, and the fields of a sweep.
     fresh
         Delete the runs in the folder and start over.
     """
@@ -63,6 +67,7 @@ def study(
         seeds=seeds,
         match=match,
         controls=control,
+        sweep=sweep,
         changes=changes,
         console=console,
         fresh=fresh,

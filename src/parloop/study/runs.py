@@ -1,5 +1,6 @@
 """The runs of a study: an arm and a seed each, in a folder of its own, trained, evaluated and looked at."""
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,19 +74,15 @@ def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: in
         for arm, own in recipes.items()
     }
     mean = sum(cost.values()) / len(cost)
-    per_loops = {
-        n: training_flops_per_token(recipe.plt_config(corpus.tokenizer), recipe.length, n)
-        for n in {a.compute_of for a in arms}
-        if n
-    }
     runs = []
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in sorted(arms, key=lambda arm: cost[arm]):
-            compute = per_loops.get(
-                arm.compute_of, cost[arm] if match == "tokens" else mean
-            )  # FLOPs of as many tokens as the recipe says
-            tokens = round(recipe.tokens * compute / cost[arm])
-            own = arm.recipe(recipe, seed=seed, tokens=tokens)
+            compute = cost[arm] if match == "tokens" else mean  # FLOPs of as many tokens as the recipe says
+            if arm.compute_of:
+                own = recipes[arm]
+                compute = training_flops_per_token(own.plt_config(corpus.tokenizer), own.length, arm.compute_of)
+            tokens = round(recipes[arm].tokens * compute / cost[arm])
+            own = dataclasses.replace(recipes[arm], seed=seed, tokens=tokens)
             flops = cost[arm] * own.steps * own.batch_size * own.length
             runs.append(Run(arm, seed, own, flops, seed == recipe.seed))
     return runs

@@ -7,6 +7,7 @@ the training FLOPs (each arm then gets the mean of what the arms would cost at e
 run again: finished runs are kept, an interrupted one goes on.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..errors import RecipeError, SourceError
 from ..folder import STUDY, claimed
 from ..record import command_line
 from ..train.recipe import Recipe
-from .arms import Arm
+from .arms import Arm, combinations
 from .measure import measure
 from .report import write_report
 from .results import StudyResult
@@ -38,6 +39,7 @@ def run_study(
     seeds: int = 1,
     match: str = "tokens",
     controls: list[str] | None = None,
+    sweep: list[str] | None = None,
     changes: dict[str, Any] | None = None,
     document_chars: int = 3000,
     console: Console | None = None,
@@ -54,6 +56,7 @@ def run_study(
         match: "tokens" or "compute".
         controls: models of one loop beside every loop count above 1: "deep" has as many times the layers, each with weights of its own,
             "compute" trains on as many more tokens as the loops' training compute buys.
+        sweep: fields of the recipe that models differ in beside the loop count, each as learning_rate=1e-3,3e-3; every combination is trained.
         changes: fields of a recipe that is named, and their values.
         document_chars: characters of each validation document that are evaluated.
         command: what the report says the study was started with.
@@ -79,12 +82,15 @@ def run_study(
             raise RecipeError(f"control={control!r} is unknown: use {' or '.join(CONTROLS)}, or both.")
     if document_chars < 0:
         raise RecipeError(f"document_chars={document_chars} must be at least 0; 0 takes documents whole.")
-    arms = [Arm(loops=n) for n in counts]
-    if "deep" in (controls or []):
-        arms += [Arm(loops=1, layers=n) for n in counts if n > 1]
-    if "compute" in (controls or []):
-        arms += [Arm(loops=1, compute_of=n) for n in counts if n > 1]
-    folder = output or default_folder(name, match, recipe.source if name is None else changes.get("source"))
+    arms = []
+    for combination in combinations(sweep or [], recipe):
+        arms += [Arm(loops=n, changes=combination) for n in counts]
+        if "deep" in (controls or []):
+            arms += [Arm(loops=1, layers=n, changes=combination) for n in counts if n > 1]
+        if "compute" in (controls or []):
+            arms += [Arm(loops=1, compute_of=n, changes=combination) for n in counts if n > 1]
+    swept = [text.partition("=")[0] for text in sweep or []]
+    folder = output or default_folder(name, match, recipe.source if name is None else changes.get("source"), swept)
     with claimed(folder, STUDY, going_on="finished runs are kept, and an interrupted one goes on") as out:
         try:
             corpus: Corpus | TaskCorpus
@@ -106,9 +112,9 @@ def run_study(
     return result
 
 
-def default_folder(preset: str | None, match: str, source: str | None) -> Path:
-    """Return runs/study-PRESET, with the match and the source if they are not the default."""
-    parts = ["study", *([Path(preset).stem] if preset else []), *([match] if match != "tokens" else [])]
+def default_folder(preset: str | None, match: str, source: str | None, swept: Sequence[str] = ()) -> Path:
+    """Return runs/study-PRESET, with the match and the source if they are not the default, and the fields that are swept over."""
+    parts = ["study", *([Path(preset).stem] if preset else []), *([match] if match != "tokens" else []), *swept]
     if source is not None and source != "stdlib":
         parts.append("".join(c if c.isalnum() else "-" for c in source).strip("-")[-40:])
     return Path("runs", "-".join(parts))

@@ -154,10 +154,11 @@ def _of_task(rows: list[Row], unit: str) -> str:
 def _of_controls(rows: list[Row], unit: str) -> str:
     """Say how many layers loops are worth, and whether training longer does as well."""
     by_arm, text = {row.arm: row for row in rows}, ""
-    deep = sorted((row for row in rows if row.arm.layers > 1), key=lambda row: row.arm.layers)
     for row in rows:
         if row.arm.is_control or row.arm.loops == 1:
             continue
+        alike = [other for other in rows if other.arm.layers > 1 and other.arm.changes == row.arm.changes]
+        deep = sorted(alike, key=lambda other: other.arm.layers)
         if deep:
             reached = [other.arm.layers for other in deep if row.bits_per_byte.value <= other.bits_per_byte.value]
             worth = max(reached, default=1)
@@ -167,7 +168,7 @@ def _of_controls(rows: list[Row], unit: str) -> str:
                 if worth >= deep[-1].arm.layers
                 else f", not as well as {min(o.arm.layers for o in deep if o.arm.layers > worth)}; "
             )
-        longer = by_arm.get(Arm(loops=1, compute_of=row.arm.loops))
+        longer = by_arm.get(Arm(loops=1, compute_of=row.arm.loops, changes=row.arm.changes))
         if longer is not None:
             text += (
                 f"one loop with the training compute of {row.arm.label} has {longer.bits_per_byte.value:.3f} {unit}, these loops "

@@ -181,6 +181,10 @@ class Recipe(RunSettings):
     normalize_per_loop: bool = _(True, "final norm after every loop, not only the last")
     emb_scale: float | None = _(None, "a in a * E + c * shift(h); default: the square root of 1/2")
     hidden_scale: float | None = _(None, "c in a * E + c * shift(h); default: such that both terms start equally large")
+    offset: int = _(
+        1,
+        "s, how many tokens to the left a loop reads the state of the loop before: 1, the paper's; 0: none, a pass per loop",
+    )
     branch_scaling: str = _(
         "none",
         "loops: the projections into the residual stream (o_proj, down_proj) start, and learn, smaller by R^(-1/2); the model is the same (docs/log.md)",
@@ -284,6 +288,7 @@ class Recipe(RunSettings):
                 plt_window_size=[self.window_tokens, 0],
                 plt_normalize_per_loop=self.normalize_per_loop,
                 plt_emb_scale=a,
+                plt_offset=self.offset,
                 plt_hidden_scale=c,
                 plt_gate_use_hidden_states=self.gate == "hidden",
             )
@@ -352,7 +357,7 @@ BOUNDS = {
         "head_dim", "intermediate_size", "max_position_embeddings", "tokens", "batch_size", "gradient_accumulation", "log_every",
         "eval_rows", "save_every", "keep_checkpoints", "replicas", "shuffle_documents", "data_streams",
     ),
-    "at least 0": ("max_reasoning_tokens", "max_bytes", "weight_decay", "eval_every", "lora_rank"),
+    "at least 0": ("max_reasoning_tokens", "offset", "max_bytes", "weight_decay", "eval_every", "lora_rank"),
     "at least 259 (256 bytes and 3 special tokens)": ("vocab_size",),
     "above 0": (
         "rope_theta", "initializer_range", "learning_rate", "adam_epsilon", "max_grad_norm", "lora_alpha", "epochs",
