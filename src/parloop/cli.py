@@ -24,7 +24,16 @@ VERBS = {  # of the command line: the module in commands/, and its function
     "study": "study", "train": "train", "diagnose": "diagnose", "generate": "generate", "convert": "convert", "export": "export",
     "quantize": "quantize", "bench": "bench", "serve": "serve", "check": "check", "eval": "evaluate", "run": "run",
 }  # fmt: skip
-MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "quantize", "study", "train"}  # they need the model in transformers
+MODEL_VERBS = {
+    "bench",
+    "convert",
+    "diagnose",
+    "export",
+    "generate",
+    "quantize",
+    "study",
+    "train",
+}  # they need the model in transformers
 EXTRAS = {
     "bench": "study",
     "diagnose": "study",

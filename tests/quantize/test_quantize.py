@@ -15,9 +15,9 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from parloop import PLTForCausalLM, cli
 from parloop.checkpoints import check_weights, load_model
 from parloop.errors import CheckpointError, ConvertError, OutputError, QuantizeError
-from parloop.quantize import quantize
 from parloop.quantize.form import dequantised, unpack
 from parloop.quantize.linear import KERNEL_ROWS, PackedLinear, kernel_block
+from parloop.quantize.quantization import quantize
 from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "plt_num_loops": 3}
@@ -165,7 +165,7 @@ def test_impossible_options_are_refused(plain, options, message, tmp_path):
 
 def test_inputs_that_no_group_divides_are_refused(tmp_path):
     source = saved(tmp_path / "in", intermediate_size=72)
-    with pytest.raises(QuantizeError, match="down_proj has 72 inputs, no multiple of 64.*take --bits 8"):
+    with pytest.raises(QuantizeError, match=r"down_proj has 72 inputs, no multiple of 64.*take --bits 8"):
         quantize(source, tmp_path / "out")
     assert quantize(source, tmp_path / "eight", bits=8).layers == 14
 
@@ -180,7 +180,7 @@ def test_a_tied_head_is_refused(tmp_path):
 
 
 def test_what_is_quantised_is_not_quantised_again(packed, tmp_path):
-    with pytest.raises(QuantizeError, match="is quantised already.*quantise what it was made from"):
+    with pytest.raises(QuantizeError, match=r"is quantised already.*quantise what it was made from"):
         quantize(packed, tmp_path / "out")
 
 

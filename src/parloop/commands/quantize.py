@@ -29,7 +29,7 @@ def quantize(
     head
         Quantise the head, too.
     """
-    from ..quantize import quantize as run
+    from ..quantize.quantization import quantize as run
 
     console = terminal()
     console.print(run(checkpoint, out, bits=bits, group=group, head=head, console=console), highlight=False, soft_wrap=True)

@@ -1,3 +1,1 @@
-from .quantization import Quantized, quantize
-
-__all__ = ["Quantized", "quantize"]
+"""Quantised checkpoints: how they are made, kept, and run on CPUs. What vLLM's plugin needs of it (form.py) imports torch alone."""

@@ -140,7 +140,9 @@ def _scheme(config: PLTConfig, bits: int, group: int | None, head: bool) -> tupl
 
     with torch.device("meta"):
         model = PLTForCausalLM(config)
-    inputs = {name: model.get_submodule(name).in_features for name in linear_layers(model) if head or name != HEAD}
+    inputs: dict[str, Any] = {
+        name: model.get_submodule(name).in_features for name in linear_layers(model) if head or name != HEAD
+    }
     if bits == 4 and group is None:
         group = next((size for size in (64, 32) if not any(K % size for K in inputs.values())), 64)
     unit = 4 if group is None else group

@@ -31,7 +31,7 @@ HUB = (
 NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation")  # options of loading that a configuration has, too
 
 
-@register_quantization_config(NAME)  # type: ignore[untyped-decorator]
+@register_quantization_config(NAME)
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, as it was read, and as it is saved again."""
 
@@ -43,7 +43,7 @@ class PackedConfig(QuantizationConfigMixin):
         return deepcopy(self.settings)
 
 
-@register_quantizer(NAME)  # type: ignore[untyped-decorator]
+@register_quantizer(NAME)
 class PackedQuantizer(HfQuantizer):
     """Puts packed layers in the places of a PLT's linear ones."""
 
@@ -100,10 +100,10 @@ def handed_over(config_class: Any, checkpoint: Any, config: Any, options: dict[s
         config, options = config_class.from_pretrained(place, **hub), dict(options)
         for name in [name for name in options if hasattr(config, name) and name not in (*HUB, *NOT_FIELDS)]:
             setattr(config, name, options.pop(name))  # as the library does with fields of the configuration
-    held = getattr(config, "quantization_config", None)
+    held: Any = getattr(config, "quantization_config", None)
     settings = held.to_dict() if isinstance(held, QuantizationConfigMixin) else held
     if Scheme.of(settings) is None:
         return config, options
     config = copy(config)
-    config.quantization_config = settings | {"quant_method": NAME}
+    config.quantization_config = dict(settings) | {"quant_method": NAME}
     return config, options

@@ -1,11 +1,13 @@
 """See that a checkpoint's weights are those that its config.json asks for. vLLM's loader lets pass what no file fills: the memory of a
 matrix, or a part of one, stays what it was before; and it cuts off what a matrix has too much."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 
 from ..model.configuration import GATE, PLTConfig, released_name
+from ..quantize.form import PARTS, Scheme
 
 COMPUTED = "rotary_emb.inv_freq"  # old Llama files keep it
 HEAD = "lm_head.weight"
@@ -37,7 +39,25 @@ def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
         layer |= {f"{name}.weight": (out, inputs)} | ({f"{name}.bias": (out,)} if bias else {})
     shapes = {f"model.layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    return shapes if config.tie_word_embeddings else shapes | {HEAD: (V, D)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (V, D)
+        linear["lm_head"] = (V, D, False)
+    scheme = Scheme.of(getattr(config, "quantization_config", None))
+    return shapes if scheme is None else _packed(shapes, scheme, linear.keys() - {f"self_attn.{GATE}"})
+
+
+def _packed(shapes: dict[str, tuple[int, ...]], scheme: Scheme, linear: Set[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes with the parts that quantised matrices are kept in (quantize/form.py)."""
+    packed: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or re.sub(r"^model\.layers\.\d+\.", "", layer) not in linear or scheme.ignores(layer):
+            packed[name] = shape
+            continue
+        out, inputs = shape
+        parts = ((out, inputs * scheme.bits // 32), (out, inputs // scheme.group_of(inputs)), (2,))
+        packed |= {f"{layer}.{part}": size for part, size in zip(PARTS, parts)}
+    return packed
 
 
 def checked(
