@@ -52,7 +52,7 @@ def test_what_is_missing_is_named(tmp_path):
     weights = load_file(packed / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(weights, packed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack model.layers.1.mlp.up_proj.weight_scale"), engine(packed, dtype="bfloat16"):
+    with pytest.raises(ValueError, match=r"lack model.layers.1.mlp.up_proj.weight_scale"), engine(packed, dtype="bfloat16"):
         pass
 
 

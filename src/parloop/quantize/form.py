@@ -17,6 +17,7 @@ import torch
 
 METHOD, FORM = "compressed-tensors", "pack-quantized"
 BITS, GROUPS = (4, 8), (32, 64, 128)
+HEAD = "lm_head"
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
@@ -51,7 +52,9 @@ class Scheme:
             "group_size": self.group, "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "actorder": None,
             "block_structure": None,
         }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        # To vLLM a head is no linear layer, unless it is named.
+        targets = ["Linear"] if self.ignores(HEAD) else ["Linear", HEAD]
+        group = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
         return {
             "quant_method": METHOD, "format": FORM, "quantization_status": "compressed", "config_groups": {"group_0": group},
             "ignore": list(self.ignore), "kv_cache_scheme": None, "global_compression_ratio": None,
@@ -71,7 +74,7 @@ class Scheme:
             if not (
                 settings["quant_method"] == METHOD
                 and settings["format"] == FORM
-                and group["targets"] == ["Linear"]
+                and group["targets"] in (["Linear"], ["Linear", HEAD])
                 and weights.get("type", "int") == "int"
                 and weights.get("symmetric", True)
                 and weights.get("actorder") in (None, "static", "weight")

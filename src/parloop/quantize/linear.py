@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .form import PARTS, dequantised, pack, unpack
+from .form import PARTS, dequantised, pack, rounded, unpack
 
 # Up to so many rows the kernel is the faster way (benchmarks/quantize.py rows). A row's result does not depend on how many there are
 # below, but differs by bfloat16's rounding of the weights from what it is above.
 KERNEL_ROWS = {4: 48, 8: 8}
 KERNEL_GROUPS = (32, 64, 128, 256)
 AT_ONCE = 2**20  # weights that are turned back at a time
+PIECE = 2**23  # weights that are rounded at a time
 
 
 def in_blocks(q_NK: torch.Tensor, block: int) -> torch.Tensor:
@@ -76,6 +77,20 @@ class PackedLinear(nn.Module):
         self.weight_shape = _fixed(torch.empty(2, dtype=torch.int64))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
         self.is_arranged = False
+
+    @classmethod
+    def of(cls, weight_NK: torch.Tensor, bias: nn.Parameter | None, bits: int, group: int) -> "PackedLinear":
+        """Quantise a layer of floating-point weights, a piece of it at a time. A bias is shared, not copied."""
+        N, K = weight_NK.shape
+        with torch.device("meta"):
+            layer = cls(K, N, False, bits, group)
+        rows = [rounded(piece, bits, group) for piece in weight_NK.detach().split(max(1, PIECE // K))]
+        layer.weight_packed = _fixed(torch.cat([pack(q, bits) for q, _ in rows]))
+        layer.weight_scale = _fixed(torch.cat([scale for _, scale in rows]))
+        layer.weight_shape = _fixed(torch.tensor([N, K], device=weight_NK.device))
+        layer.bias = bias
+        layer.arrange()
+        return layer
 
     def arrange(self) -> None:
         """Lay the weights out as the kernels read them, once all are loaded."""

@@ -27,10 +27,9 @@ from ..folder import check_room, new_folder
 from ..model.configuration import PLTConfig
 from ..record import write_json
 from ..result import Result, not_kept
-from .form import BITS, GROUPS, PARTS, Scheme, dequantised, pack, rounded
+from .form import BITS, GROUPS, HEAD, PARTS, Scheme, dequantised, pack, rounded
 from .quantizer import linear_layers
 
-HEAD = "lm_head"
 AT_ONCE = 2**23  # weights that are rounded at a time: what they take in float32 does not grow with the matrix
 
 

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .form import METHOD, Scheme
+from .form import HEAD, METHOD, Scheme
 from .linear import PackedLinear
 
 NAME = "parloop-packed"
@@ -77,7 +77,7 @@ class PackedQuantizer(HfQuantizer):
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers of a PLT's stack, and of its head. (A classifier's head is not among them: it is new.)"""
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    return [name for name in names if "layers." in name or name == "lm_head"]
+    return [name for name in names if "layers." in name or name == HEAD]
 
 
 def handed_over(config_class: Any, checkpoint: Any, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
