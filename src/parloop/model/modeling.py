@@ -477,15 +477,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             states_to_keep=logits_to_keep if tail else None,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)  # type: ignore[arg-type]
-        logits = self.lm_head(kept)
+        logits = self._logits(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         loop_logits = None
         if output_loop_logits and outputs.loop_states is not None:
             earlier = outputs.loop_states[:-1]
-            loop_logits = (*(self.lm_head(slice_logits_to_keep(h, logits_to_keep)) for h in earlier), logits)
+            loop_logits = (*(self._logits(h, logits_to_keep) for h in earlier), logits)
         return PLTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -495,6 +494,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             loop_states=outputs.loop_states,
             loop_logits=loop_logits,
         )
+
+    def _logits(self, h_BTD: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice_logits_to_keep(h_BTD, logits_to_keep)  # type: ignore[arg-type]
+        # Note: of a slice of rows that lie apart, torch multiplies each sequence by a copy of the whole head, if the head takes no gradient:
+        # a step of a frozen model took ten times as long. One row counts as contiguous wherever it lies, so contiguous() would not help.
+        if kept.stride(0) != kept.shape[1] * kept.stride(1):
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        return self.lm_head(kept)
 
 
 class PLTForSequenceClassification(GenericForSequenceClassification, PLTPreTrainedModel):
