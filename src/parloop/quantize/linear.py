@@ -22,7 +22,7 @@ from .form import PARTS, dequantised, pack, rounded, unpack
 
 # Up to so many rows the kernel is the faster way (benchmarks/quantize.py rows). A row's result does not depend on how many there are
 # below, but differs by bfloat16's rounding of the weights from what it is above.
-KERNEL_ROWS = {4: 48, 8: 8}
+KERNEL_ROWS = {4: 64, 8: 12}
 KERNEL_GROUPS = (32, 64, 128, 256)
 AT_ONCE = 2**20  # weights that are turned back at a time
 PIECE = 2**23  # weights that are rounded at a time
