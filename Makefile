@@ -10,13 +10,17 @@ VLLM_READY := .venv-vllm/.ready
 MLX := .venv-mlx/bin
 MLX_READY := .venv-mlx/.ready
 
-.PHONY: study test test-vllm test-mlx test-wheel test-eval lint docs clean
+.PHONY: study test test-transformers test-vllm test-mlx test-wheel test-eval lint docs clean
 
 study: $(READY)      ## train one small PLT per loop count on Python's own source, and report
 	$(BIN)/parloop study --preset quick
 
 test: $(TEST_READY)       ## the whole suite, two files at a time
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-transformers: $(TEST_READY)  ## the model on the newest transformers that pyproject.toml allows; the environment keeps its own
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/transformers 'transformers<5.25'
+	PYTHONPATH=build/transformers $(BIN)/pytest -n 2 --dist loadfile tests/model tests/test_private_api.py
 
 test-vllm: $(VLLM_READY)  ## serving on stock vLLM, on the CPU, in an environment of its own
 	$(VLLM)/pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm

@@ -90,11 +90,11 @@ def whole_step() -> None:
         for R in (1, 2):
             cache = make_cache(model.config, R)
             ids = torch.arange(256)[None]
-            model(ids, past_key_values=cache, num_loops=R, logits_to_keep=1)
-            model(ids[:, :1], past_key_values=cache, num_loops=R)
+            model(ids, cache=cache, num_loops=R, logits_to_keep=1)
+            model(ids[:, :1], cache=cache, num_loops=R)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 for _ in range(7):
-                    model(ids[:, :1], past_key_values=cache, num_loops=R)
+                    model(ids[:, :1], cache=cache, num_loops=R)
             spent.append({event.key: event.self_cpu_time_total / 1000 for event in profiler.key_averages()})
     for name in sorted(spent[1], key=lambda name: -spent[1][name])[:12]:
         table.add_row(name, f"{spent[0].get(name, 0):.1f}", f"{spent[1][name]:.1f}")

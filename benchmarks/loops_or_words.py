@@ -50,7 +50,7 @@ class Way:
     @property
     def name(self) -> str:
         """Loops and words, as a legend says it."""
-        return f"R = {self.loops}" + (", steps written" if self.trace else "")
+        return f"R = {self.loops}" + (" + steps" if self.trace else "")
 
 
 def ways(folder: Path) -> tuple[StudyResult, list[Way]]:
@@ -91,25 +91,27 @@ def figure_of(studies: dict[str, list[Way]], units: dict[str, str]) -> Figure:
             }
             left.plot(each.groups, each.right, label=each.name, markersize=5, **style)
             left.fill_between(each.groups, each.low, each.high, color=style["color"], alpha=0.12, linewidth=0)
-            right.plot(each.flops.mean(), each.right.mean(), label=each.name, markersize=8, **style | {"linestyle": ""})
+            right.plot(
+                each.flops.mean() / 1e3, each.right.mean(), label=each.name, markersize=8, **style | {"linestyle": ""}
+            )
         left.plot(found[0].groups, found[0].chance, color="black", linestyle=":", linewidth=1, label="chance")
         left.set_xlabel(units[task])
         left.set_ylabel(f"{task}\nanswers that are right (share)")
         left.set_ylim(0, 1.02)
-        right.set_xscale("log")
-        right.set_xlabel("decoding compute (FLOPs per answer, mean)")
-        right.legend(fontsize=8)
+        right.set_xlim(left=0)
+        right.set_xlabel("decoding compute (thousand FLOPs per answer, mean)")
+        right.legend(fontsize=8, loc="lower right")
     return figure
 
 
 def table_of(task: str, unit: str, found: list[Way]) -> Table:
     """Return answers that are right, group by group, and the compute of decoding one."""
     table = Table(title=f"{task}: answers that are right, in per cent", title_justify="left")
-    for name in ("", *(f"{unit} {group}" for group in found[0].groups), "mean", "decode FLOPs"):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("", *(f"{unit}\n{group}" for group in found[0].groups), "mean", "decode\nkFLOPs"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for each in found:
         cells = [f"{100 * share:.0f}" for share in (*each.right, each.right.mean())]
-        table.add_row(each.name, *cells, f"{each.flops.mean():,.0f}")
+        table.add_row(each.name, *cells, f"{each.flops.mean() / 1e3:,.0f}")
     return table
 
 

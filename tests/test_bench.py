@@ -218,7 +218,9 @@ def test_results_of_another_version_are_not_continued(tmp_path, content, why):
     less = TINY | {"contexts": [4], "prefill_lengths": [0], "batch_sizes": [1], "repeats": 1}
     with claimed(tmp_path, BENCH) as out:
         out.write("results.json", content)
-    with pytest.raises(BenchError, match=rf"results.json is no bench's \(.*{why}\): choose another --output, or --fresh"):
+    with pytest.raises(
+        BenchError, match=rf"results.json is not from a bench \(.*{why}\): choose another --output, or --fresh"
+    ):
         run_bench(**less, output=tmp_path)
     assert run_bench(**less, output=tmp_path, fresh=True).blocks
 
@@ -270,7 +272,7 @@ def test_compiled_decoding(tmp_path, monkeypatch):
         ({"threads": 0}, "--threads 0 must be at least 1"),
         ({"threads": 10**30}, "--threads 10+ must be at least 1, and below"),
         ({"dtype": "int8"}, "'int8' is unknown: use one of bfloat16"),
-        ({"device": "x"}, "device='x' is not there"),
+        ({"device": "x"}, "device='x' is not available"),
     ],
 )
 def test_impossible_settings(tmp_path, change, message):
@@ -283,7 +285,7 @@ def test_impossible_settings(tmp_path, change, message):
 def test_results_that_are_no_benchs(tmp_path, content):
     with claimed(tmp_path, BENCH) as out:
         out.write("results.json", content)
-    with pytest.raises(BenchError, match=r"results.json is no bench's .*: choose another --output, or --fresh"):
+    with pytest.raises(BenchError, match=r"results.json is not from a bench .*: choose another --output, or --fresh"):
         run_bench(**TINY, output=tmp_path)
     assert (tmp_path / "results.json").read_text() == content
 

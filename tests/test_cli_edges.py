@@ -1,4 +1,4 @@
-"""Where the command meets the shell: bytes that are no text, pipes that close, terminals that cannot show it, Ctrl-C, odd arguments."""
+"""The command in the shell: bytes that are not text, pipes that close, terminals that cannot show it, Ctrl-C, odd arguments."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def parloop(monkeypatch, capfd):
-    """Runs the command in this process; gives its exit code, and what it printed and said."""
+    """Run the command in this process; return its exit code, and its output on both channels."""
 
     def run(*arguments, stdin=b""):
         monkeypatch.setenv("COLUMNS", "300")
@@ -286,7 +286,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, capfd):
 
 
 def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
-    """Of a library that takes long to import."""
+    """With a library that takes long to import."""
     (tmp_path / "transformers").mkdir()
     mark = tmp_path / "imported"
     slow = f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(60)\n"

@@ -191,7 +191,7 @@ REFUSED = [
     ("llama", {"hidden_size": "many"}, "describes no llama"),
     ("llama", {"hidden_act": "swish9"}, "hidden_act='swish9'"),
     ("llama", {"num_hidden_layers": 3}, "the weights lack model.layers.2"),
-    ("llama", {"num_hidden_layers": 1}, "hold model.layers.1.* and 6 more, for which"),
+    ("llama", {"num_hidden_layers": 1}, "hold model.layers.1.* and 6 more, which the PLT"),
     ("llama", {"intermediate_size": 50}, r"shape \[.*\], but config.json says"),
     ("llama", {"attention_bias": True}, "lack model.layers.0.self_attn.k_proj.bias"),
     ("llama", {"tie_word_embeddings": True}, "lm_head.weight and model.embed_tokens.weight differ"),
@@ -249,7 +249,9 @@ def test_options_and_folders(tmp_path):
         odd = shutil.copytree(source, tmp_path / "odd")
         (odd / "model.safetensors").rename(odd / "elsewhere")
         (odd / name).write_text(content)
-        with pytest.raises(ConvertError, match=r"no config.json that|holds no JSON object|weights in .* cannot be read"):
+        with pytest.raises(
+            ConvertError, match=r"no config.json that|does not hold a JSON object|weights in .* cannot be read"
+        ):
             convert(odd, tmp_path / "out")
         shutil.rmtree(odd)
     (source / "tokenizer.json").rename(source / "elsewhere")

@@ -1,4 +1,4 @@
-"""What the pages tell a reader to type: it runs, or at least it can be read by the command line."""
+"""The commands and snippets of the pages: they run, or at least the command line can parse them."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""What is written and read is UTF-8, whatever the locale."""
+"""Files are written and read as UTF-8, whatever the locale."""
 
 import ast
 import os

@@ -222,7 +222,7 @@ def test_clearing_deletes_what_was_written_and_nothing_else(tmp_path):
         (tmp_path / "r1-seed0").mkdir()
         for stranger in (".git", "notes.txt"):
             (tmp_path / stranger).write_text("mine")
-            with pytest.raises(OutputError, match=rf"holds other things than a study \({stranger}\), so it is not deleted"):
+            with pytest.raises(OutputError, match=rf"holds more than a study \({stranger}\), so it is not deleted"):
                 out.clear()
             assert (tmp_path / "r1-seed0").exists()
             (tmp_path / stranger).unlink()
@@ -340,7 +340,7 @@ def test_what_a_disk_says_becomes_what_to_do(error, message, tmp_path):
 
 def test_a_full_disk_is_found_behind_what_a_library_makes_of_it(tmp_path):
     class CheckpointException(BaseException):
-        """As torch's, which is no Exception."""
+        """Like torch's, which is not an Exception."""
 
     with pytest.raises(OutputError, match="is full"), disk_errors(tmp_path):
         try:

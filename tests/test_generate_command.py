@@ -37,8 +37,8 @@ def test_a_continuation_is_streamed(checkpoint, capsys):
         ({"top_p": 5.0}, "top_p=5.0 must be above 0 and at most 1"),
         ({"think_budget": -1}, "think_budget=-1 must be at least 0, in tokens"),
         ({"dtype": "foo"}, "dtype='foo' is unknown: use one of auto, float32"),
-        ({"device": "foo"}, "device='foo' is not there .*: use cpu or auto"),
-        ({"device": "cuda:99"}, "device='cuda:99' is not there .*: use cpu or auto"),
+        ({"device": "foo"}, "device='foo' is not available .*: use cpu or auto"),
+        ({"device": "cuda:99"}, "device='cuda:99' is not available .*: use cpu or auto"),
     ],
 )
 def test_options_out_of_bounds(checkpoint, options, message):

@@ -3,15 +3,21 @@
 A release of a library that changes one of these makes its test fail here, by name, and not somewhere in the suite.
 """
 
+import inspect
+from dataclasses import fields
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments, masking_utils
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, masking_utils
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
-from transformers.generation import BaseStreamer, GenerationMixin
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.chat_parsing import ResponseParser
 
 from parloop import make_cache
+from parloop.model.cache_argument import CACHE
 from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 
@@ -58,6 +64,33 @@ def test_steps_of_a_static_cache_have_their_masks_made_in_advance(monkeypatch):
     assert len(calls) == 3
 
 
+def test_the_library_has_one_name_for_a_cache():
+    """cache_argument.CACHE: else masks are made as if there were no cache, or generate() loses it between two steps."""
+    masks = [masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask]
+    for function in (*masks, GenerationMixin.prepare_inputs_for_generation, LlamaForCausalLM.forward):
+        assert CACHE in inspect.signature(function).parameters, function
+    for output in (BaseModelOutputWithPast, CausalLMOutputWithPast, GenerateDecoderOnlyOutput):
+        assert CACHE in {field.name for field in fields(output)}, output
+    parameters = inspect.signature(masking_utils.create_causal_mask).parameters
+    assert {"allow_is_causal_skip", "layer_idx"} <= parameters.keys()  # masks.py
+
+
+def test_a_layer_that_is_computed_again_is_called_without_a_cache():
+    """cache_argument.CACHE, as the layers are called: else what it stores is stored twice, and gradients are wrong."""
+    got = []
+
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, x, **kwargs):
+            got.append(kwargs)
+            return x
+
+    layer = Layer().train()
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda function, *args: function(*args)
+    layer(torch.ones(1, requires_grad=True), **{CACHE: make_cache(tiny_config())})
+    assert got == [{CACHE: None}]
+
+
 def test_moving_a_model_applies_to_every_module():
     """rotary.py overrides nn.Module._apply: else frequencies are cast to bfloat16, and far positions drift."""
     model = tiny_model(dtype=torch.float32).to(torch.bfloat16)
@@ -101,7 +134,7 @@ def test_reentrant_checkpointing_under_ddp_can_be_seen():
 
 
 def test_a_trainer_saves_and_loads_through_what_is_overridden(monkeypatch, tmp_path):
-    """Else checkpoints are the library's own: mixtures forget their place, and one of many processes may count as whole before
+    """Otherwise checkpoints are the library's own: mixtures lose their cursor, and one of many processes may count as whole before
     all have written. _save_rng_state is the last to write, before the trainer's state says that the checkpoint is there."""
     saved = ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"]
     loaded = ["_load_from_checkpoint", "_load_optimizer_and_scheduler"]
@@ -165,7 +198,7 @@ def test_what_a_streamer_raises_ends_generate():
 
 
 def test_events_of_a_response_parser():
-    """serve/fallback_answers.Writer and answer_template: else reasoning and tool calls are not told apart from text."""
+    """serve/fallback_answers.Writer and answer_template: otherwise reasoning and tool calls are not separated from text."""
     text = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}
     call = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
     fields = {

@@ -173,7 +173,7 @@ def test_a_result_is_shown_as_it_is():
     [
         ({"format": 2}, "its format is 2, and this version of parloop reads 3"),
         ({"parts": {"a": [{"share": 1}]}}, "it has no name"),
-        ({"parts": {"a": [3]}}, "3 is no Part"),
+        ({"parts": {"a": [3]}}, "3 is not a Part"),
         ({"parts": []}, r"parts is \[\], not dict"),
         ({"counts": [1, "2"]}, "counts is '2', not int"),
         ({"counts": [True]}, "counts is True, not int"),

@@ -37,7 +37,7 @@ def test_intervals_are_plain_numbers():
 
 
 def test_seeds_count_alike():
-    """The ratio of what all seeds lost to all bytes that they read; its interval against resamples laid out."""
+    """Check the ratio of all seeds' losses to all bytes that they read, and its interval against materialised resamples."""
     sizes = np.array([100, 300])
     bits = np.array([[1.0, 2.0], [1.5, 2.5], [5.0, 6.0]]) * sizes
     weights = resample_weights(2, 3, rng())
@@ -48,7 +48,7 @@ def test_seeds_count_alike():
 
 
 def test_the_interval_of_a_mean():
-    """Of two values a draw of two has either twice, or both; of many, about what the normal distribution says."""
+    """A draw of two from two values has one of them twice, or both; many values give about the normal distribution's interval."""
     assert bootstrap_mean(np.array([1.0, 4.0])).as_list() == [2.5, 1.0, 4.0]
     values = rng().normal(3.0, 2.0, 400)
     error = 1.96 * values.std() / math.sqrt(400)
@@ -72,7 +72,7 @@ def test_large_documents_weigh_more():
 
 
 def test_the_interval_covers_the_truth():
-    """Of 200 samples of documents, about 95% of the intervals hold the mean they were drawn around."""
+    """In 200 samples of documents, about 95% of the intervals contain the true mean."""
     generator, hits = rng(), 0
     sizes = np.full(60, 100)
     for _ in range(200):
@@ -95,7 +95,7 @@ def test_pairing_removes_what_documents_have_in_common():
 
 
 def test_weights_of_every_document_of_every_seed():
-    """Against the product laid out."""
+    """Compare with the expanded product."""
     weights = resample_weights(7, 3, rng())
     laid_out = weights.by_seed[:, :, None] * weights.by_document.astype(int)[:, None, :]
     assert laid_out.shape == (10_000, 3, 7)

@@ -63,7 +63,7 @@ def test_live_bytes_and_their_peak(resized):
 
 
 def test_storages_that_are_resized():
-    """As FSDP frees what it gathered."""
+    """FSDP frees gathered weights this way."""
     with LiveBytes(resized=True) as live:
         a = torch.zeros(1000)
         a.untyped_storage().resize_(0)

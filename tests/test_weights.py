@@ -68,7 +68,7 @@ WRONG = {
 
 
 def base_of(folder):
-    """As training goes on from it."""
+    """Load the base as training loads it."""
     recipe = Recipe(device="cpu")
     model = empty_model(load_config(folder), recipe, start_processes(recipe))
     load_base(model, folder)
@@ -178,7 +178,7 @@ def test_adapters_of_a_run_that_are_not_its_own(tmp_path, change, told):
     load_weights(model, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
-    with pytest.raises(CheckpointError, match=rf"its adapters are not the run's: see .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"its adapters do not match the run's: see .*{told}"):
         load_weights(model, tmp_path)
 
 

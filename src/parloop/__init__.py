@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Diagnosis", "PLTConfig", "PLTForCausalLM", "PLTModel", "cache_bytes", "diagnose", "make_cache"]
 
-WHERE = {  # public names, imported when they are first used
+WHERE = {  # public name -> module, imported on first use
     "Diagnosis": "diagnosis",
     "PLTConfig": "model.configuration",
     "PLTForCausalLM": "model.modeling",
@@ -28,6 +28,7 @@ register()
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
     if name not in WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     why = too_old()
@@ -39,4 +40,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return the module's names, those that are not imported yet included."""
     return sorted([*globals(), *WHERE])

@@ -1,6 +1,6 @@
 """Model cards: a README.md beside a model's weights, with the metadata that the Hub reads.
 
-A card names no path of the machine that it was written on: it is made to be published.
+A card is made to be published, so it contains no path of the machine that wrote it.
 """
 
 import os
@@ -37,15 +37,15 @@ def model_card(
     base_model: str | None = None,
     sources: tuple[str, ...] = (),
 ) -> str:
-    """Return a card.
+    """Return a model card, in Markdown.
 
     Args:
-        name: of the model.
+        name: name of the model.
         config: its configuration, a PLT's or a dense model's.
-        sections: heading -> text, of what is to be said beside what it is, how it is loaded and cited.
-        parameters: how many it has.
-        base_model: the model that it was made from; named in the metadata if it is one of the Hub.
-        sources: of the text that it was trained on; those of the Hub are named in the metadata.
+        sections: heading -> text, in addition to the sections on the model's shape, use and citation.
+        parameters: number of its parameters.
+        base_model: the model that it was made from; a model of the Hub is named in the metadata.
+        sources: sources of its training text; data sets of the Hub are named in the metadata.
     """
     from . import __version__
 
@@ -71,13 +71,13 @@ def model_card(
 
 
 def shown(source: str) -> str:
-    """Return a source of text or a model as a card names it: a file or folder of this machine by its last part."""
+    """Return the name of a source or model in cards: for an absolute path, its last part."""
     path = Path(os.path.expanduser(source))
     return f"`{path.name if path.is_absolute() else source}`"
 
 
 def of_the_hub(name: str) -> bool:
-    """Whether a model's name is one of the Hub, and no folder."""
+    """Return whether a model's name is one of the Hub, and not a folder."""
     return len(Path(name).parts) == 2 and not Path(name).is_absolute() and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""Load PLT checkpoints: configuration, model, tokenizer, files. One whose weights are not what its configuration asks for is refused."""
+"""Load PLT checkpoints: configuration, model, tokenizer, files. A checkpoint whose weights do not match its configuration is refused."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index
 
 
 def load_config(checkpoint: str | Path) -> PLTConfig:
-    """The configuration of a PLT checkpoint, a folder or Hub name.
+    """Return the configuration of a PLT checkpoint, a folder or Hub name.
 
     Raises:
-        CheckpointError: there is none, or it is another architecture.
+        CheckpointError: there is no such checkpoint, or it has another architecture.
     """
     config = load_part(AutoConfig, checkpoint, "config.json")
     if not isinstance(config, PLTConfig):
@@ -36,7 +36,7 @@ def load_config(checkpoint: str | Path) -> PLTConfig:
 
 
 def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> Any:
-    """A PLT checkpoint in eval mode.
+    """Return the model of a PLT checkpoint, in eval mode.
 
     Args:
         checkpoint: folder or Hub name.
@@ -44,7 +44,7 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
         dtype: auto (as saved), float32, bfloat16 or float16.
 
     Raises:
-        CheckpointError: there is none, it is another architecture, or there is no such device or dtype.
+        CheckpointError: there is no such checkpoint, device or dtype, or the checkpoint has another architecture.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
@@ -55,11 +55,12 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
 
 
 def check_weights(checkpoint: str | Path) -> None:
-    """See that a checkpoint's weights are those that its config.json asks for, by their names and shapes. None are read. (Those that another
-    tool quantised are its business.)
+    """Check that the names and shapes of a checkpoint's weights match its config.json. Their values are not read.
+
+    Of quantised checkpoints only those in the form of `parloop quantize` are checked.
 
     Raises:
-        CheckpointError: they are not, or cannot be read.
+        CheckpointError: they do not, or cannot be read.
     """
     from .quantize.form import Scheme
 
@@ -70,7 +71,7 @@ def check_weights(checkpoint: str | Path) -> None:
 
 
 def usable_device(device: str) -> str:
-    """The device to use; of auto, a GPU if there is one.
+    """Return the device to use; for auto, a GPU if there is one.
 
     Raises:
         CheckpointError: there is no such device.
@@ -79,21 +80,27 @@ def usable_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
-        raise CheckpointError(f"device={device!r} is not there ({first_line(error)}): use cpu or auto.") from error
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise CheckpointError(f"device={device!r} is not available ({first_line(error)}): use cpu or auto.") from error
     if torch.device(device).type == "meta":
         raise CheckpointError(f"device={device!r} holds no values: use cpu or auto.")
     return device
 
 
 def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> Any:
-    """`kind.from_pretrained(checkpoint)`, with errors that say what is missing.
+    """Return `kind.from_pretrained(checkpoint)`, with errors that name what is missing.
 
-    Of a model, the files must hold the weights that config.json asks for and no others. transformers would draw missing ones at
-    random, and leave out layers that config.json does not count.
+    A model's files must hold exactly the weights of its config.json. transformers would initialise missing ones at random, and ignore layers
+    beyond num_hidden_layers.
+
+    Args:
+        kind: an auto class of transformers.
+        checkpoint: folder or Hub name.
+        part: name of the part in error messages.
+        **options: keyword arguments of from_pretrained.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it cannot be loaded as it is.
+        CheckpointError: there is no such checkpoint, or it cannot be loaded.
     """
     folder = Path(checkpoint)
     elsewhere = "give the folder of a finished run, for instance runs/study-quick/r2-seed0, or OWNER/NAME of the Hub"
@@ -116,7 +123,7 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
             reason = _no_json_object(folder, TOKENIZER_FILES if kind is AutoTokenizer else MODEL_FILES) or first_line(error)
             raise CheckpointError(
                 f"checkpoint {str(checkpoint)!r} cannot be loaded: the folder has no usable {part} ({reason}). If a run "
-                f"was interrupted there, finish it; else {elsewhere}."
+                f"was interrupted there, finish it; otherwise {elsewhere}."
             ) from error
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be loaded: there is no such folder here, and the Hub gave no {part} of that name "
@@ -125,8 +132,12 @@ def load_part(kind: Any, checkpoint: str | Path, part: str, **options: Any) -> A
 
 
 def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
-    """Raises CheckpointError: weights are missing, left over, or of another shape than config.json says. ValueError: settings for
-    generation are no JSON; transformers would go on without them, and not know where a text ends."""
+    """Load a model, and check that its weights match config.json.
+
+    Raises:
+        CheckpointError: weights are missing, surplus, or of another shape.
+        ValueError: generation_config.json is not JSON; transformers would ignore it, and not know where a text ends.
+    """
     if reason := _no_json_object(Path(checkpoint), ("generation_config.json",)):
         raise ValueError(reason)
     with _without_report():
@@ -137,7 +148,7 @@ def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
     refuse_other_weights(checkpoint, model.config, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
     if model.config.tie_word_embeddings:
         head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-        if head is not embedding and not head.is_meta:  # transformers ties what is alike
+        if head is not embedding and not head.is_meta:  # transformers ties equal tensors
             raise other_head(checkpoint)
     return model
 
@@ -149,45 +160,48 @@ def refuse_other_weights(
     unexpected: Iterable[str],
     mismatched: Iterable[tuple[str, Any, Any]],
 ) -> None:
-    """See that a checkpoint's weights are those that its config.json asks for. (The gates of a looped checkpoint that is loaded with one
-    loop are not among the unexpected ones.)
+    """Raise if a checkpoint's weights do not match its config.json.
 
     Args:
-        mismatched: names, with the shapes that the files and that config.json have.
+        checkpoint: folder or Hub name, for messages.
+        config: its configuration.
+        missing: names of missing weights.
+        unexpected: names of surplus weights, without the gates of a looped checkpoint that is loaded with one loop.
+        mismatched: names, with the shapes in the files and by config.json.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: one of the three is not empty.
     """
     missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
-    is_what = f"checkpoint {str(checkpoint)!r} is not what its config.json says:"
+    mismatch = f"checkpoint {str(checkpoint)!r} does not match its config.json:"
     layers = 1 + max((int(found[1]) for name in unexpected if (found := re.search(r"\.layers\.(\d+)\.", name))), default=-1)
     if layers > config.num_hidden_layers:
         raise CheckpointError(
-            f"{is_what} the files hold {layers} layers, and num_hidden_layers={config.num_hidden_layers} would leave the last ones out: "
+            f"{mismatch} the files hold {layers} layers, and num_hidden_layers={config.num_hidden_layers} would leave the last ones out: "
             f"correct it."
         )
     if mismatched:
         name, held, asked = mismatched[0]
         raise CheckpointError(
-            f"{is_what} {name} has shape {tuple(held)}, and not {tuple(asked)}{_more(mismatched)}: correct it, or take the files that "
+            f"{mismatch} {name} has shape {tuple(held)}, and not {tuple(asked)}{_more(mismatched)}: correct it, or take the files that "
             f"belong to it."
         )
     if missing:
         raise CheckpointError(
-            f"{is_what} the files lack {missing[0]}{_more(missing)}, which would be random numbers: correct it, or take the files that belong "
+            f"{mismatch} the files lack {missing[0]}{_more(missing)}, which would be random numbers: correct it, or take the files that belong "
             f"to it."
         )
     if unexpected:
         raise CheckpointError(
-            f"{is_what} the files hold {unexpected[0]}{_more(unexpected)}, which a model of this configuration has no place for: correct it, or "
+            f"{mismatch} the files hold {unexpected[0]}{_more(unexpected)}, which a model of this configuration does not have: correct it, or "
             f"take the files that belong to it."
         )
 
 
 def other_head(checkpoint: str | Path) -> CheckpointError:
-    """What to say of a checkpoint whose head is tied to the embedding, and another one."""
+    """Return the error for a checkpoint whose head should be tied to the embedding, but differs from it."""
     return CheckpointError(
-        f"checkpoint {str(checkpoint)!r} is not what its config.json says: tie_word_embeddings is true, but lm_head.weight and "
+        f"checkpoint {str(checkpoint)!r} does not match its config.json: tie_word_embeddings is true, but lm_head.weight and "
         f"model.embed_tokens.weight differ: set it to false."
     )
 
@@ -198,7 +212,7 @@ def _more(things: list[Any]) -> str:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or left over: an error says it."""
+    """Silence transformers' table of missing and surplus weights, which errors report instead."""
 
     def is_other(record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -213,7 +227,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _no_json_object(folder: Path, names: Iterable[str]) -> str:
-    """Which of these files is there and holds no JSON object; empty if none."""
+    """Return which of these files exists and does not hold a JSON object; empty if there is none."""
     for name in names:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -229,10 +243,10 @@ def _no_json_object(folder: Path, names: Iterable[str]) -> str:
 
 
 def local_folder(checkpoint: str | Path) -> Path:
-    """The folder with a checkpoint's files; of a Hub name, its files in the cache, downloaded if they are not there.
+    """Return the folder with a checkpoint's files; for a Hub name, its files in the cache, downloaded if needed.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such checkpoint.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)

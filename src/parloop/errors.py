@@ -1,8 +1,8 @@
-"""Errors that a user can put right. The messages name the value and the remedy; the command line prints them without a traceback."""
+"""Errors that a user can correct. Messages name the value and the remedy; the command line prints them without a traceback."""
 
 
 class ParloopError(Exception):
-    """Base of all of them."""
+    """Base class of parloop's errors."""
 
 
 class SourceError(ParloopError, ValueError):
@@ -10,7 +10,7 @@ class SourceError(ParloopError, ValueError):
 
 
 class OutputError(ParloopError, RuntimeError):
-    """A folder or file that cannot be written: it is another's, something is in the way, or the disk fails."""
+    """A folder or file that cannot be written: it belongs to something else, another file is in the way, or the disk fails."""
 
 
 class RecipeError(ParloopError, ValueError):
@@ -18,7 +18,7 @@ class RecipeError(ParloopError, ValueError):
 
 
 class TrainingDivergedError(ParloopError, RuntimeError):
-    """The loss became NaN or ran away."""
+    """The loss became NaN or diverged."""
 
 
 class CheckpointError(ParloopError, ValueError):
@@ -30,7 +30,7 @@ class ConvertError(ParloopError, ValueError):
 
 
 class ExportError(ParloopError, ValueError):
-    """A checkpoint that cannot be written in another form."""
+    """A checkpoint that cannot be written in another format."""
 
 
 class QuantizeError(ParloopError, ValueError):
@@ -58,7 +58,7 @@ class EvaluationError(ParloopError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, with its kind where that alone says little."""
+    """Return the first line of an exception's message, with the exception's type if the message alone says little."""
     text = str(error).strip().partition("\n")[0].rstrip(".:")
     plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, AssertionError))
     return text if text and plain else f"{type(error).__name__}: {text}".rstrip(": ")

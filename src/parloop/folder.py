@@ -1,10 +1,10 @@
-"""The folder that a verb writes into: it can be written, it is the verb's own, and nobody else works in it.
+"""The folder that a verb writes into: it is writable, it belongs to the verb, and no other command works in it.
 
     with claimed("runs/study-quick", STUDY) as out:  # raises OutputError before there is any work to lose
         out.write("report.html", page)
 
-A claimed folder holds parloop.json: which kind of folder it is, and a hash of every file that was written into it. A file that is
-not there as it was written is somebody else's, and is neither written over nor deleted.
+A claimed folder holds parloop.json: its kind, and a hash of every file that was written into it. A file with another hash counts as somebody
+else's, and is neither overwritten nor deleted.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from .record import write_json
 
 try:
     import fcntl
-except ImportError:  # Windows: there, two runs in one folder are not told apart
+except ImportError:  # Windows: two runs in one folder are not detected there
     fcntl = None  # type: ignore[assignment]
 
 CLAIM = "parloop.json"
 LOCK = ".parloop.lock"
-SCRATCH = ".partial-"  # begins the names of files and folders that are not whole yet
-REMEMBERED = 2  # hashes of a file: a run that is killed between writing parloop.json and the file leaves the one before
+SCRATCH = ".partial-"  # prefix of incomplete files and folders
+REMEMBERED = 2  # hashes per file: a run killed between writing parloop.json and the file leaves the earlier file
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Kind:
     """A kind of folder that a verb makes.
 
     Attributes:
-        name: with its article, for messages.
-        files: a pattern of the names that are written through OutputFolder.
-        later: a pattern of those of them that versions which left no claim did not write.
-        made: a pattern of what else comes to be there: from libraries, or from another verb.
-        known: whether a folder without a claim is one of these: made by a version that left none.
-        over: all of the files are written over when the verb runs again, so nobody else's may have their names.
-        shared: it may stand among other things, as long as none of them has one of its names.
+        name: name with its article, for messages.
+        files: pattern of names that are written through OutputFolder.
+        later: pattern of those among them that versions without claims did not write.
+        made: pattern of other names in such a folder, written by libraries or by another verb.
+        known: returns whether a folder without a claim is of this kind, made by a version without claims.
+        over: whether the verb overwrites all of its files when it runs again, so that no other file may have their names.
+        shared: whether the folder may hold other files too, as long as none has one of its names.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Kind:
 
 
 def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
-    """Check whether a folder has a JSON file with these fields."""
+    """Return a function that checks whether a folder has a JSON file with these fields."""
 
     def known(folder: Path) -> bool:
         return set(fields) <= _read_json(folder / file).keys()
@@ -68,7 +68,7 @@ def _holds(file: str, *fields: str) -> Callable[[Path], bool]:
 
 
 def _is_study(folder: Path) -> bool:
-    """Check for a study's results, or for runs of one that was interrupted before there were any."""
+    """Return whether a folder holds a study's results, or runs of a study that was interrupted before there were any."""
     runs = all(re.fullmatch(STUDY.made, name) and (folder / name / "recipe.yaml").is_file() for name in _names(folder))
     return runs or _holds("results.json", "rows", "verdict")(folder)
 
@@ -94,13 +94,13 @@ EVALUATION_REPORT = Kind(
 
 
 class OutputFolder:
-    """A folder that is claimed.
+    """A claimed folder.
 
     Attributes:
         path: the folder, spelt as it was given.
-        kind: which kind of folder it is.
-        of: what it is about, for kinds that are about something.
-        hashes: name -> SHA-256 of the file as it was written, the last one at the end.
+        kind: its kind.
+        of: its subject, for kinds that have one.
+        hashes: name -> SHA-256 hashes of the file as written, the newest at the end.
     """
 
     def __init__(self, path: Path, kind: Kind, of: str, hashes: dict[str, list[str]]):
@@ -108,10 +108,10 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        """A path to write to. What is there appears under `name` when it is whole.
+        """Yield a path to write to. The file is renamed to `name` when the block has ended.
 
         Raises:
-            OutputError: somebody else's file has that name.
+            OutputError: another file, which this folder's verb did not write, has that name.
         """
         if (self.path / name).exists() and not self.owns(name):
             raise OutputError(_in_the_way(self.path, [name]))
@@ -129,10 +129,11 @@ class OutputFolder:
             path.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
         self.write(name, json.dumps(content, indent=1, allow_nan=False))
 
     def write_files(self, write: Callable[[Path], Any]) -> None:
-        """Let a function fill a folder with files, and put them here."""
+        """Let a function fill a folder with files, and move them here."""
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.path) as folder:
             write(Path(folder))
             for written in sorted(Path(folder).iterdir()):
@@ -140,28 +141,28 @@ class OutputFolder:
                     written.replace(path)
 
     def offer(self, name: str, text: str) -> None:
-        """Write a text file, unless somebody else's has that name."""
+        """Write a text file, unless another file, which this folder's verb did not write, has that name."""
         if self.owns(name) or not os.path.lexists(self.path / name):
             self.write(name, text)
 
     def owns(self, name: str) -> bool:
-        """Check whether a file is there as it was written."""
+        """Return whether a file is unchanged since it was written here."""
         path = self.path / name
         return path.is_file() and not path.is_symlink() and _hash(path) in self.hashes.get(name, [])
 
     def strangers(self) -> list[str]:
-        """Names of what is there and was not written by this kind of verb."""
+        """Return the names of files and folders that this kind of verb did not write."""
         return strangers(self.path, self.kind.made, self.owns)
 
     def clear(self) -> None:
         """Delete everything but the claim.
 
         Raises:
-            OutputError: there are other things than this kind of folder has.
+            OutputError: the folder holds something that this kind of verb did not write.
         """
         if others := [f"{name}, changed since" if name in self.hashes else name for name in self.strangers()]:
             raise OutputError(
-                f"output {str(self.path)!r} holds other things than {self.kind.name} ({_some(others)}), so it is not deleted: move them "
+                f"output {str(self.path)!r} holds more than {self.kind.name} ({_some(others)}), so it is not deleted: move these "
                 f"away, or choose another folder."
             )
         for path in self.path.iterdir():
@@ -180,10 +181,10 @@ class OutputFolder:
         write_json(self.path / CLAIM, {"kind": self.kind.name, "of": self.of, "files": self.hashes})
 
     def _take(self) -> None:
-        """Read the claim. Of a folder that an older version made, what it wrote is known by its name.
+        """Read the claim. In a folder of a version without claims, files that it wrote are recognised by their names.
 
         Raises:
-            OutputError: the folder is another's.
+            OutputError: the folder belongs to something else.
         """
         claim, there = read_claim(self.path), _names(self.path)
         what = f"output {str(self.path)!r} holds"
@@ -203,8 +204,8 @@ class OutputFolder:
                 f"output {str(self.path)!r} is not empty and holds no {kind} ({_some(there)}): choose another folder."
             )
 
-    def _see_that_nothing_is_in_the_way(self) -> None:
-        """Raises OutputError: others have files where this kind writes its own."""
+    def _refuse_files_in_the_way(self) -> None:
+        """Raise OutputError if other files have names that this kind writes."""
         names = re.compile(re.escape(CLAIM) + (f"|{self.kind.files}" if self.kind.over else ""))
         if others := [name for name in _names(self.path) if names.fullmatch(name) and not self.owns(name)]:
             raise OutputError(_in_the_way(self.path, others))
@@ -214,15 +215,17 @@ class OutputFolder:
 def claimed(
     folder: str | Path | OutputFolder, kind: Kind, *, of: str = "", going_on: str = "nothing is lost"
 ) -> Iterator[OutputFolder]:
-    """The folder for a verb to write into, for as long as it works. One that is claimed already is taken as it is.
+    """Claim a folder for a verb to write into, for the duration of the block. An OutputFolder, which is claimed already, is passed through.
 
     Args:
-        of: what the folder is about; a folder that is about something else is refused.
-        going_on: what becomes of the work if the disk is full.
+        folder: the folder.
+        kind: its kind.
+        of: its subject; a folder with another subject is refused.
+        going_on: clause for the message if the disk is full: what happens to the work.
 
     Raises:
-        OutputError: it cannot be made or written, is another's, holds others' files where this kind writes its own, or another run
-            works in it; or, later, the disk fails.
+        OutputError: the folder cannot be created or written, belongs to something else, or holds other files with names that this kind
+            writes; another run works in it; or, later, the disk fails.
     """
     if isinstance(folder, OutputFolder):
         yield folder
@@ -232,17 +235,17 @@ def claimed(
         new = make_folder(path)
         try:
             out = OutputFolder(path, kind, of, {})
-            out._take()  # before anything is written
+            out._take()  # checks before anything is written
             with locked(path):
-                out._take()  # again: a run that has just ended may have written
-                out._see_that_nothing_is_in_the_way()
+                out._take()  # again, since a run that has just ended may have written
+                out._refuse_files_in_the_way()
                 began = not (path / CLAIM).exists()
                 out._save()
                 try:
                     yield out
                 finally:
                     with contextlib.suppress(OSError):  # somebody deleted it
-                        if began and not _names(path):  # nothing came of it
+                        if began and not _names(path):  # nothing was written
                             (path / CLAIM).unlink()
         finally:
             if new:
@@ -252,10 +255,10 @@ def claimed(
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill. What is in it appears in `out` when all of it is there; nothing, if it fails.
+    """Yield an empty folder to fill. It becomes `out` when the block succeeds, and is deleted if it fails.
 
     Raises:
-        OutputError: `out` exists and is not empty, or cannot be made or written.
+        OutputError: `out` exists and is not empty, or cannot be created or written.
     """
     out = Path(out)
     with disk_errors(out, "it starts from the beginning", "--out"):
@@ -263,8 +266,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             raise OutputError(f"--out {str(out)!r} exists and is not empty: choose another folder.")
         there = not make_folder(out)
         if not there:
-            out.rmdir()  # it was only to see whether it can be made
-        # Inside of one that is there: it may be a disk of its own, onto which nothing beside it can be moved.
+            out.rmdir()  # created only to check that it can be
+        # An existing folder is filled inside: it may be a mount point, onto which nothing outside it can be moved.
         where, prefix = (out, SCRATCH) if there else (out.parent, f".{out.name}.partial-")
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=where))
         try:
@@ -282,35 +285,40 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def read_claim(folder: Path) -> dict[str, Any]:
-    """Return kind, of and files from a folder's parloop.json; empty if there is none, or it is somebody else's."""
+    """Return kind, of and files from a folder's parloop.json; empty if there is none, or it is not ours."""
     claim = _read_json(folder / CLAIM)
     return claim if claim.keys() == {"kind", "of", "files"} and isinstance(claim["files"], dict) else {}
 
 
 def make_folder(folder: Path) -> bool:
-    """Make a folder, with those above it. Returns whether it was not there.
+    """Create a folder and its parents. Return whether it did not exist.
 
     Raises:
-        OutputError: a file is in the way, or there can be no folder.
-        OSError: it cannot be made.
+        OutputError: a file is in the way, or no folder can exist there.
+        OSError: it cannot be created.
     """
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            where = "is a file" if place == folder else f"cannot be made, since {str(place)!r} is a file"
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            where = "is a file" if path == folder else f"cannot be made, since {str(path)!r} is a file"
             raise OutputError(f"output {str(folder)!r} {where}: choose a folder.")
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # what is above it is there, but is of a kind that holds no folders, as /proc
+    except FileNotFoundError as error:  # the parent exists, but cannot hold folders, such as /proc
         raise OutputError(f"output {str(folder)!r} cannot be made: choose another folder.") from error
     return new
 
 
 def check_room(folder: Path, needed: float, what: str) -> None:
-    """See that the disk of a folder that is there, or will be, has so many bytes free.
+    """Check that the disk of a folder, existing or not, has enough free bytes.
+
+    Args:
+        folder: the folder.
+        needed: bytes.
+        what: what needs them, for the message.
 
     Raises:
-        OutputError: it has less.
+        OutputError: it has fewer.
     """
     if (free := _free_bytes(folder)) < needed:
         raise OutputError(
@@ -320,7 +328,7 @@ def check_room(folder: Path, needed: float, what: str) -> None:
 
 
 def strangers(folder: Path, made: str, owns: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """Names of what is in a folder and neither matches a pattern nor is owned, sorted."""
+    """Return the sorted names in a folder that neither match a pattern nor are owned."""
     return [name for name in _names(folder) if not re.fullmatch(made, name) and not owns(name)]
 
 
@@ -329,13 +337,14 @@ def strangers(folder: Path, made: str, owns: Callable[[str], bool] = lambda name
 
 @contextlib.contextmanager
 def locked(folder: Path, keep: bool = False) -> Iterator[TextIO]:
-    """Keep other runs out of a folder. The lock ends with the process, however it ends, and with all that it hands the file to.
+    """Keep other runs out of a folder. The lock ends when this process, and all processes that it passes the file to, have ended.
 
     Args:
-        keep: leave the file: something that was started may live on with the lock.
+        folder: the folder.
+        keep: keep the file, for a child process that may outlive this one and hold the lock.
 
     Yields:
-        the file that is locked, which says whose process works; see `sign`.
+        the locked file, which names the processes that work; see `sign`.
 
     Raises:
         OutputError: another run works in it.
@@ -347,7 +356,7 @@ def locked(folder: Path, keep: bool = False) -> Iterator[TextIO]:
             if not _lock(file):
                 file.seek(0)
                 raise OutputError(
-                    f"another run works in {str(folder)!r} ({file.read()}): wait for it, or, if its parloop is gone, end the others."
+                    f"another run works in {str(folder)!r} ({file.read()}): wait for it, or, if its parloop has ended, end the others."
                 )
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
@@ -368,14 +377,14 @@ def locked(folder: Path, keep: bool = False) -> Iterator[TextIO]:
 
 
 def sign(lock: TextIO, **others: int) -> None:
-    """Write down whose processes work."""
+    """Write the ids of the working processes into the lock file."""
     lock.truncate(0)
     lock.write(", ".join(f"{who}: process {number}" for who, number in {"parloop": os.getpid(), **others}.items()))
     lock.flush()
 
 
 def _lock(file: TextIO) -> bool:
-    """Try to take the lock. Returns whether this process has it now."""
+    """Try to take the lock. Return whether this process holds it now."""
     if fcntl is None:
         return True
     try:
@@ -385,7 +394,9 @@ def _lock(file: TextIO) -> bool:
     except OSError as error:  # some network file systems have no locks
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        warnings.warn(f"{file.name} cannot be locked ({error.strerror}): see that no other run works there.", stacklevel=4)
+        warnings.warn(
+            f"{file.name} cannot be locked ({error.strerror}): make sure that no other run works there.", stacklevel=4
+        )
     return True
 
 
@@ -393,7 +404,7 @@ _held: set[TextIO] = set()
 
 
 def _let_go() -> None:
-    # A worker of a process that was killed may live for seconds after it; it shall not keep the lock.
+    # A worker may outlive its killed parent for seconds, and must not hold the lock.
     for file in _held:
         file.close()
     _held.clear()
@@ -403,26 +414,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-# What disks say
+# Errors of disks
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_WRITING = {errno.EROFS, errno.EFBIG}
-OF_A_PLACE = {  # these may be said of what is read, too: it depends on which file it was
+OF_A_PATH = {  # reading raises these too, so the file decides
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
     errno.ESTALE,
 }  # fmt: skip
-# In exceptions of libraries in Rust and C++, which are no OSError.
+# Error numbers in messages of libraries in Rust and C++, whose exceptions are not OSErrors.
 CODE = re.compile(r"\((?:os )?error (\d+)\)|\[?[Ee]rrno (\d+)")
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, going_on: str = "nothing is lost", option: str = "--output") -> Iterator[None]:
-    """Turn errors of a disk into sentences that say what can be done.
+    """Turn errors of a disk into an OutputError that names the remedy.
 
     Args:
-        folder: what is written into.
-        going_on: what becomes of the work when the command is run again.
-        option: that names the folder.
+        folder: folder that is written into.
+        going_on: clause for the message: what happens to the work when the command is run again.
+        option: option of the command that names the folder.
 
     Raises:
         OutputError: the disk is full or read-only, something is in the way, or access is denied.
@@ -431,26 +442,28 @@ def disk_errors(folder: Path, going_on: str = "nothing is lost", option: str = "
         yield
     except (ParloopError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # one of torch's, of saving, is no Exception
-        number, place = _code_of(error)
-        if number is None and "inline_container" in str(error):  # torch's zip files, whose writer tells no reason
-            number, place = errno.ENOSPC if _free_bytes(folder) < 2**26 else errno.EIO, folder
-        ours = place is None or place.name in (CLAIM, LOCK) or ".partial" in place.name
-        where = repr(str(folder if ours else place))
+    except BaseException as error:  # one of torch's errors in saving is not an Exception
+        number, path = _code_of(error)
+        if number is None and "inline_container" in str(error):  # torch's zip writer, which gives no reason
+            number, path = errno.ENOSPC if _free_bytes(folder) < 2**26 else errno.EIO, folder
+        ours = path is None or path.name in (CLAIM, LOCK) or ".partial" in path.name
+        where = repr(str(folder if ours else path))
         if number in FULL:
             raise OutputError(
                 f"the disk of {folder} is full: make room, and run the same command again; {going_on}."
             ) from error
-        if number in OF_WRITING or (number in OF_A_PLACE and place is not None and _is_of(place, folder)):
+        if number in OF_WRITING or (number in OF_A_PATH and path is not None and _is_of(path, folder)):
             raise OutputError(
-                f"{where} cannot be written ({os.strerror(number or 0)}): choose another {option}, or see to it that this one can be written."
+                f"{where} cannot be written ({os.strerror(number or 0)}): choose another {option}, or make this one writable."
             ) from error
         raise
 
 
 def _code_of(error: BaseException) -> tuple[int | None, Path | None]:
-    """The number of an operating system's error, and the file that it was about. That of a full or read-only disk is also looked for in
-    what led to the exception, and in the texts of exceptions of libraries."""
+    """Return the number of an operating system's error, and its file.
+
+    For a full or read-only disk, the causes of the exception and the messages of libraries are searched too.
+    """
     cause: BaseException | None = error
     seen: set[int] = set()
     while cause is not None and id(cause) not in seen:
@@ -460,32 +473,32 @@ def _code_of(error: BaseException) -> tuple[int | None, Path | None]:
         numbers += [number for number in FULL | OF_WRITING if os.strerror(number) in str(cause)]
         for number in numbers:
             if number in FULL | OF_WRITING:
-                return number, _place_of(cause)
+                return number, _path_of(cause)
         cause = cause.__cause__ or cause.__context__
-    return (error.errno, _place_of(error)) if isinstance(error, OSError) else (None, None)
+    return (error.errno, _path_of(error)) if isinstance(error, OSError) else (None, None)
 
 
-def _place_of(error: BaseException) -> Path | None:
+def _path_of(error: BaseException) -> Path | None:
     names = [getattr(error, field, None) for field in ("filename2", "filename")]
     named = [name for name in names if isinstance(name, (str, bytes, os.PathLike))]
     return Path(os.fsdecode(named[0])) if named else None
 
 
 def _free_bytes(folder: Path) -> int:
-    """Return the free bytes on the disk of a folder that is there, or will be."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """Return the free bytes on the disk of a folder, existing or not."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
-def _is_of(place: Path, folder: Path) -> bool:
-    """Check whether a path is in a folder, or in the scratch folder beside it, or leads to it."""
-    place, folder = Path(os.path.abspath(place)), Path(os.path.abspath(folder))
-    beside = any(part.startswith(f".{folder.name}.partial-") for part in place.parts)
-    return beside or place.is_relative_to(folder) or folder.is_relative_to(place)
+def _is_of(path: Path, folder: Path) -> bool:
+    """Return whether a path is in a folder, in the scratch folder beside it, or above it."""
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    beside = any(part.startswith(f".{folder.name}.partial-") for part in path.parts)
+    return beside or path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 def _names(folder: Path) -> list[str]:
-    """List a folder, sorted, without this module's own files."""
+    """Return the names in a folder, sorted, without this module's own files."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -495,7 +508,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """An object; empty if the file is not there or holds none."""
+    """Return the object in a JSON file; empty if the file does not exist or holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -509,7 +522,7 @@ def _hash(path: Path) -> str:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link, or a folder with all that is in it; nothing, if it is not there."""
+    """Delete a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -518,7 +531,7 @@ def delete(path: Path) -> None:
 
 def _in_the_way(folder: Path, names: list[str]) -> str:
     return (
-        f"output {str(folder)!r} holds {_some(names)}, which parloop did not write, or which was changed since, and would write over: move "
+        f"output {str(folder)!r} holds {_some(names)}, which parloop did not write, or which was changed since, and would be overwritten: move "
         f"{'it' if len(names) == 1 else 'them'} away, or choose another folder."
     )
 

@@ -13,7 +13,7 @@ from .checkpoints import load_model, load_part
 from .errors import CheckpointError, first_line
 from .record import printable
 
-GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: what is divided by less may overflow
+GREEDY_BELOW = 1e-5  # temperature below which decoding is greedy, as in vLLM: division by less may overflow
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -33,10 +33,19 @@ def stream(
     """Print the prompt and its continuation, token by token.
 
     Args:
+        checkpoint: folder or Hub name.
+        prompt: text to continue.
+        loops: loop count; default: the trained one.
+        max_new_tokens: length of the continuation, in tokens.
+        temperature: 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that make up this probability.
+        seed: seed of the sampling.
+        device: auto, cpu or cuda.
+        dtype: auto (as saved), float32, bfloat16 or float16.
         think_budget: tokens of reasoning, after which it is closed; see `closing_reasoning`.
 
     Raises:
-        CheckpointError: as `load_model`; also for options out of their bounds and prompts that are too long or empty.
+        CheckpointError: as `load_model`; also if an option is out of its bounds, or the prompt is too long or empty.
     """
     for name, value, allowed, what in (
         ("loops", loops, loops is None or loops >= 1, "at least 1"),
@@ -56,7 +65,7 @@ def stream(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].shape[1]:
         raise CheckpointError(
-            "the prompt is empty, and this tokenizer begins texts with no token of its own: give a prompt."
+            "the prompt is empty, and this tokenizer adds no token at the beginning of a text: give a prompt."
         )
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:
@@ -69,7 +78,7 @@ def stream(
             f"(stopping after {room} tokens: the model was made for texts of {model.config.max_position_embeddings})",
             file=sys.stderr,
         )
-    # One sequence: a checkpoint's own settings may ask for beams, which cannot be streamed.
+    # One sequence: a checkpoint's own settings may use beams, which cannot be streamed.
     sampling: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "do_sample": temperature >= GREEDY_BELOW}
     if sampling["do_sample"]:
         sampling |= {"temperature": temperature, "top_p": top_p}
@@ -91,15 +100,16 @@ def stream(
 
 
 def closing_reasoning(budget: int, tokenizer: Any, vocab_size: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Close reasoning after `budget` tokens of it: what `generate(prefix_allowed_tokens_fn=..)` takes.
+    """Return a function for `generate(prefix_allowed_tokens_fn=..)` that closes reasoning after `budget` tokens.
 
-    Reasoning is what follows <think>, which the model writes or the prompt ends with, up to </think>. A model that has not closed it when
-    the budget is used up can go on with nothing but the tokens of </think> and an empty line; then it writes its answer. The temperature
-    and everything else of generation are as they are.
+    Reasoning is the text after <think>, which the model writes or the prompt ends with, up to </think>. If the model has not closed it within
+    the budget, only the tokens of </think> and an empty line are allowed next; then the model writes its answer. Temperature and all other
+    settings of generation keep their effect.
 
     Args:
-        budget: in tokens, those of the tags not counted.
-        vocab_size: rows of the model's embedding.
+        budget: tokens of reasoning, without the tags.
+        tokenizer: the model's tokenizer.
+        vocab_size: number of rows of the model's embedding.
     """
     anything = torch.arange(vocab_size)
     closing = torch.tensor(tokenizer(f"\n{CLOSING}\n\n", add_special_tokens=False)["input_ids"])
@@ -109,7 +119,7 @@ def closing_reasoning(budget: int, tokenizer: Any, vocab_size: int) -> Callable[
         openings = tokenizer.decode(ids).count(OPENING)
         if not openings:
             return anything
-        # The tags may be several tokens each, which join with their neighbours: text is what shows them.
+        # A tag may be several tokens, merged with their neighbours, so it is searched for in the text.
         begin = bisect.bisect_left(range(len(ids) + 1), openings, key=lambda n: tokenizer.decode(ids[:n]).count(OPENING))
         beyond = len(ids) - begin - budget
         if not 0 <= beyond < len(closing) or CLOSING in tokenizer.decode(ids[begin : begin + budget]):

@@ -1,4 +1,4 @@
-"""The environment and command line that every measurement writes beside its numbers."""
+"""The environment and command line that every measurement records, and safe writing of files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions."""
+    """Return the machine and the versions of Python and the main packages."""
     import torch
     import transformers
 
@@ -35,23 +35,26 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it can be typed again."""
+    """Return this process's command, ready to be typed again."""
     return printable(shlex.join(["parloop", *sys.argv[1:]]))
 
 
 def printable(name: object) -> str:
-    """A name as it can be printed and stored anywhere: bytes that are not UTF-8, as names of files may have, become question marks.
-    (Python keeps such bytes as halves of surrogate pairs, which most of what writes text refuses.)"""
+    """Return a name that can be printed and stored anywhere: bytes that are not UTF-8, as in names of files, become
+    question marks.
+
+    (Python keeps such bytes as halves of surrogate pairs, which most writers of text refuse.)
+    """
     return str(name).encode("utf-8", "replace").decode()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Never half a file, whenever the process is interrupted. Folders are made."""
+    """Write a JSON file, complete or not at all, whenever the process is interrupted. Parent folders are created."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Likewise, in UTF-8."""
+    """Write a text file in UTF-8, complete or not at all. Parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:

@@ -1,7 +1,7 @@
-"""Registrations that `import parloop` makes with other libraries once they are imported: transformers, PEFT and mlx-lm learn the model.
+"""Registration of the model with transformers, PEFT and mlx-lm, made by `import parloop` as soon as these are imported.
 
-Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX need none of them. So
-the registrations wait until the module that they change is imported, by whomever; if it is there already, they are made at once.
+Importing transformers' models takes seconds, and `parloop --help`, vLLM's servers of other models and MLX do not need them. So each
+registration waits until the module that it changes is imported by anyone; if it is imported already, it is made at once.
 """
 
 import importlib.util
@@ -19,15 +19,15 @@ OLDEST = (5, 23)  # the first transformers that the model works with
 
 @cache
 def too_old() -> str | None:
-    """Why the model cannot be used here; None if it can. vLLM pins an older transformers; its plugin needs the configuration only."""
+    """Return why the model cannot be used here, or None. (vLLM pins an older transformers; its plugin needs only the configuration.)"""
     try:
         found = version("transformers")
-    except PackageNotFoundError:  # as beside MLX
+    except PackageNotFoundError:  # for instance beside MLX
         return 'The model needs transformers, which is not installed: pip install "transformers>=5.23".'
     if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split(".")[:2]) >= OLDEST:
         return None
     return (
-        f"The model needs transformers >= 5.23, and {found} is installed, as vLLM asks for. Keep an environment "
+        f"The model needs transformers >= 5.23, and {found} is installed, as vLLM requires. Keep an environment "
         f"for vLLM, which serves PLT checkpoints, and another one to train, generate and diagnose: "
         f'pip install parloop "transformers>=5.23".'
     )
@@ -45,7 +45,7 @@ def _register_models() -> None:
     ours = sys.modules.get("parloop.model.modeling")
     if too_old() or (
         ours is not None and not hasattr(ours, "PLTForCausalLM")
-    ):  # it is being imported: called again after that
+    ):  # the model is just being imported; this is called again afterwards
         return
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
@@ -57,14 +57,14 @@ def _register_models() -> None:
         from .model.modeling import PLTForCausalLM, PLTForSequenceClassification, PLTForTokenClassification, PLTModel
     except ImportError:
         if any(getattr(sys.modules[name].__spec__, "_initializing", False) for name in NEEDED if name in sys.modules):
-            return  # a module on its way in imported the auto classes, and the model needs it: called again when it is there
+            return  # a module that the model needs is just importing the auto classes; this is called again afterwards
         raise
 
     modeling_auto.AutoModel.register(PLTConfig, PLTModel, exist_ok=True)
     modeling_auto.AutoModelForCausalLM.register(PLTConfig, PLTForCausalLM, exist_ok=True)
     modeling_auto.AutoModelForSequenceClassification.register(PLTConfig, PLTForSequenceClassification, exist_ok=True)
     modeling_auto.AutoModelForTokenClassification.register(PLTConfig, PLTForTokenClassification, exist_ok=True)
-    # Some checkpoints call the gate by another name. They are saved again under the name they were read with.
+    # Some checkpoints have another name for the gate. They are saved under the name that they were read with.
     register_checkpoint_conversion_mapping(
         PLTConfig.model_type,
         [WeightRenaming(rf"self_attn\.{alias}\.", f"self_attn.{GATE}.") for alias in GATE_ALIASES],
@@ -84,7 +84,7 @@ def _register_with_mlx_lm() -> None:
 
 
 def _register_adapters() -> None:
-    """PEFT looks up by the model's type which layers a method changes if it is not told, and what cache a learnt prefix is."""
+    """Register the default target layers of adapters, and the cache of a learnt prefix, which PEFT looks up by the model's type."""
     from peft.utils import constants
 
     from .model.configuration import PLTConfig
@@ -102,7 +102,7 @@ def _prefix_cache(keys_and_values: Any) -> Any:
     return PrefixCache(keys_and_values)
 
 
-# Modules that the model is made of, and that import the auto classes on their way in.
+# Modules that the model needs, and whose import imports the auto classes.
 NEEDED = (
     "transformers.modeling_layers",
     "transformers.models.llama.configuration_llama",
@@ -118,15 +118,15 @@ AFTER: dict[str, Callable[[], None]] = {
 }
 
 
-QUIET = ("torchao",)  # packages: without a GPU it warns of every GPU library that it could not load, whoever imports it
+QUIET = ("torchao",)  # packages that warn at import: torchao, without a GPU, of every GPU library that it could not load
 
 
 class _OnImport(MetaPathFinder):
-    """Runs a function after a module was imported for the first time, and lets others be imported without warnings."""
+    """Runs a function after a module's first import, and silences the warnings of some packages' import."""
 
     def __init__(self, after: dict[str, Callable[[], None]], quiet: tuple[str, ...]):
         self.after, self.quiet = after, quiet
-        self.asked: set[str] = set()  # names that the other finders are asked for
+        self.asked: set[str] = set()  # names that the other finders are searching for
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         quiet = name.partition(".")[0] in self.quiet
@@ -164,14 +164,14 @@ _hook = _OnImport({}, QUIET)
 
 
 def register() -> None:
-    """Make all registrations, now or when their time comes. Called by `import parloop`."""
+    """Make all registrations, now or when their module is imported. Called by `import parloop`."""
     sys.meta_path.insert(0, _hook)
     for name, function in AFTER.items():
         when_imported(name, function)
 
 
 def when_imported(name: str, function: Callable[[], None]) -> None:
-    """Call a function after a module was imported; now, if it was."""
+    """Call a function after a module is imported, or at once if it is imported already."""
     if name in sys.modules:
         function()
     else:

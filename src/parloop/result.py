@@ -1,7 +1,7 @@
-"""Results of verbs: dataclasses that print themselves, and that are kept as JSON.
+"""Results of verbs: dataclasses that print themselves and are stored as JSON.
 
-A result is read back as what the type hints of its fields say: other dataclasses, lists and dictionaries of them, arrays, intervals. JSON has
-no NaN: numbers that are not known are null in the file. docs/results.md describes every file.
+Reading a result follows the type hints of its fields: other dataclasses, lists and dictionaries of them, arrays, intervals. JSON has no NaN:
+unknown numbers are null in the file. docs/results.md describes every file.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Result:
     """Base of the dataclasses that verbs return.
 
     Attributes:
-        FORMAT: number of the file's layout. It grows when a field goes or changes its meaning.
+        FORMAT: number of the file's format. It is increased when a field is removed or changes its meaning.
         FILE: name of the file in the verb's folder.
     """
 
@@ -28,15 +28,15 @@ class Result:
     FILE: ClassVar[str] = "results.json"
 
     def to_json(self) -> str:
-        """Return the file's text."""
+        """Return the result as the text of its file."""
         return json.dumps({"format": self.FORMAT} | plain(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the result that `to_json` wrote.
+        """Return the result in a file's text.
 
         Raises:
-            ValueError: it is no such text, or of another format.
+            ValueError: the text is not a result of this class, or has another format.
         """
         try:
             content = json.loads(text)
@@ -46,14 +46,14 @@ class Result:
                 raise ValueError(f"its format is {number}, and this version of parloop reads {cls.FORMAT}")
             return build(cls, content)
         except (TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"it is no {cls.__name__}: {error}") from error
+            raise ValueError(f"it is not a {cls.__name__}: {error}") from error
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Return the result that a verb left in its folder.
+        """Return the result in a verb's folder.
 
         Raises:
-            OSError: there is none.
+            OSError: the folder has none.
             ValueError: as `from_json`.
         """
         result = cls.from_json((Path(folder) / cls.FILE).read_text(encoding="utf-8"))
@@ -62,17 +62,17 @@ class Result:
         return result
 
     def shown(self) -> list[Any]:
-        """Return what the terminal shows, from top to bottom: tables and texts of rich."""
+        """Return what `rich` prints of the result, from top to bottom: tables and texts."""
         raise NotImplementedError
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield from self.shown()
 
     def format(self, width: int = 100) -> str:
-        """Return what the terminal shows as plain text.
+        """Return what a terminal shows, as plain text.
 
         Args:
-            width: columns.
+            width: columns of the terminal.
         """
         from rich.console import Console
 
@@ -82,7 +82,7 @@ class Result:
 
 
 def not_kept(**options: Any) -> Any:
-    """Make a field that is neither written nor compared: where a result lies, not what it says."""
+    """Return a field that is neither written nor compared, such as the folder of a result."""
     return dataclasses.field(**options, compare=False, metadata={"kept": False})
 
 
@@ -92,7 +92,7 @@ def kept_fields(kind: Any) -> list[dataclasses.Field]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it."""
+    """Return a value as JSON holds it."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if dataclasses.is_dataclass(value):
@@ -109,14 +109,14 @@ def plain(value: Any) -> Any:
 
 
 def build(kind: Any, content: dict[str, Any]) -> Any:
-    """Return the dataclass that `plain` took apart. What it has no field for is left out.
+    """Rebuild a dataclass from the content that `plain` returned. Unknown fields are ignored.
 
     Raises:
-        ValueError: a field is not there.
-        TypeError: a field is of another kind.
+        ValueError: a field is missing.
+        TypeError: a field has another type.
     """
     if not isinstance(content, dict):
-        raise TypeError(f"{content!s:.50} is no {kind.__name__}")
+        raise TypeError(f"{content!s:.50} is not a {kind.__name__}")
     hints, values = typing.get_type_hints(kind), {}
     for field in kept_fields(kind):
         if field.name in content:
@@ -127,10 +127,15 @@ def build(kind: Any, content: dict[str, Any]) -> Any:
 
 
 def read(kind: Any, value: Any, name: str) -> Any:
-    """Return a value of JSON as what a type hint says.
+    """Convert a value of JSON to the type of a hint.
+
+    Args:
+        kind: the type hint.
+        value: the value.
+        name: name of the field, for messages.
 
     Raises:
-        TypeError: it is of another kind.
+        TypeError: the value has another type.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (value is None and type(None) in inner):

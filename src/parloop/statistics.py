@@ -19,13 +19,20 @@ class Interval(NamedTuple):
     high: float
 
     def as_list(self) -> list[float]:
+        """Return value, low and high."""
         return [self.value, self.low, self.high]
 
 
 @dataclass
 class Resamples:
-    """Counts of each seed and each document in each resample: [resamples, seeds] and [resamples, documents]. A document
-    of a seed counts as often as the product says, which is never laid out: it would take gigabytes."""
+    """Bootstrap resamples, as counts of seeds and of documents.
+
+    The count of a seed's document is the product of the two. It is never materialised, since it would take gigabytes.
+
+    Attributes:
+        by_seed: count of each seed in each resample, [resamples, seeds].
+        by_document: count of each document in each resample, [resamples, documents].
+    """
 
     by_seed: np.ndarray
     by_document: np.ndarray
@@ -34,20 +41,26 @@ class Resamples:
         return Resamples(self.by_seed[some], self.by_document[some])
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum `values` [seeds, documents] with a resample's counts as weights. Returns [resamples]."""
+        """Return the sums of `values` [seeds, documents], weighted by the counts of each resample: [resamples]."""
         by_seed = [self.by_document[i : i + CHUNK].astype(float) @ values.T for i in range(0, len(self.by_document), CHUNK)]
         return (self.by_seed * np.concatenate(by_seed)).sum(1)
 
 
 def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> Resamples:
-    """Documents are drawn with replacement, and so are seeds if there are several: the interval then covers the luck of
-    training too, not only that of the documents.
+    """Draw resamples of documents, and of seeds if there are several, with replacement.
+
+    With several seeds, the interval covers the luck of training too, not only the choice of documents.
+
+    Args:
+        documents: number of documents.
+        seeds: number of seeds.
+        rng: source of random numbers.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no documents or no seeds.
     """
     if documents < 1 or seeds < 1:
-        raise ValueError(f"there are {documents} documents and {seeds} seeds: nothing can be drawn of none.")
+        raise ValueError(f"there are {documents} documents and {seeds} seeds: at least one of each is needed.")
     share = np.full(documents, 1 / documents)
     kind = np.min_scalar_type(documents)
     chunks = [rng.multinomial(documents, share, size=CHUNK).astype(kind) for _ in range(RESAMPLES // CHUNK)]
@@ -55,10 +68,10 @@ def resample_weights(documents: int, seeds: int, rng: np.random.Generator) -> Re
 
 
 def bootstrap_mean(values: np.ndarray) -> Interval:
-    """Mean of values [n] and its interval over draws of n with replacement. One value has no interval: NaN.
+    """Return the mean of values [n], with its 95% bootstrap interval; for a single value the interval is NaN.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no values.
     """
     if not len(values):
         raise ValueError("there are no values to take a mean of.")
@@ -70,15 +83,20 @@ def bootstrap_mean(values: np.ndarray) -> Interval:
 
 @lru_cache(maxsize=4)
 def _resamples_of(n: int) -> np.ndarray:
-    """Weights [RESAMPLES, n] of a bootstrapped mean, the same ones for every mean of n values."""
+    """Return the weights [RESAMPLES, n] of a bootstrapped mean, the same ones for every mean of n values."""
     return resample_weights(n, 1, np.random.default_rng(0)).by_document / n
 
 
 def bits_per_byte(nll: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """Bits per byte of nll [seeds, documents] in nats over byte_counts [documents].
+    """Compute bits per byte.
+
+    Args:
+        nll: negative log-likelihood in nats, [seeds, documents].
+        byte_counts: bytes of each document, [documents].
+        weights: the resamples.
 
     Returns:
-        The value over all seeds and documents, and the 95% interval of its resamples.
+        the value over all seeds and documents, and the 95% interval of its resamples.
     """
     return Interval(_ratio(nll, byte_counts), *_limits(_resampled(nll, byte_counts, weights)))
 
@@ -89,10 +107,16 @@ def mean_over(values: np.ndarray, weights: Resamples) -> Interval:
 
 
 def paired_difference(nll: np.ndarray, other: np.ndarray, byte_counts: np.ndarray, weights: Resamples) -> Interval:
-    """nll minus other, both [seeds, documents] in nats on the same documents and seeds, in bits per byte.
+    """Compute the difference of two models' losses on the same documents and seeds, in bits per byte.
+
+    Args:
+        nll: negative log-likelihood of one model in nats, [seeds, documents].
+        other: that of the other model, likewise.
+        byte_counts: bytes of each document, [documents].
+        weights: the resamples.
 
     Returns:
-        The difference, and the 95% interval of its resamples: below 0, nll is the better one.
+        nll minus other, and the 95% interval of its resamples; below 0, nll is better.
     """
     return bits_per_byte(nll - other, byte_counts, weights)
 
@@ -111,15 +135,13 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def wilson(passed: float, n: int) -> Interval:
-    """Share of items that passed, with Wilson's 95% interval, which holds for few items and near 0 and 1 too.
+    """Return the share of items that passed, with Wilson's 95% interval, which is valid for few items and near 0 and 1 too.
 
     Raises:
-        ValueError: there are none, or more passed than there are.
+        ValueError: there are no items, or more passed than there are.
     """
     if n < 1 or not 0 <= passed <= n:
-        raise ValueError(
-            f"{passed} of {n} items passed: there must be at least one item, and no more can pass than there are."
-        )
+        raise ValueError(f"{passed} of {n} items passed: there must be at least one item, and at most all can pass.")
     share, z = passed / n, 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -127,15 +149,19 @@ def wilson(passed: float, n: int) -> Interval:
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
-    """Two-sided p of McNemar's exact test: do two models pass equally often on the same items? Arrays of bool [items].
+    """Return the two-sided p-value of McNemar's exact test that two models pass equally often on the same items.
 
-    Items that both pass or both fail say nothing; of the others, each model should win half.
+    Items that both pass or both fail carry no information; under the hypothesis, each model wins half of the others.
+
+    Args:
+        one: whether the one model passes, bool [items].
+        other: whether the other model passes, bool [items].
 
     Raises:
-        ValueError: they have not as many items.
+        ValueError: the numbers of items differ.
     """
     if one.shape != other.shape:
-        raise ValueError(f"one has items {one.shape}, the other {other.shape}: give the same items of both.")
+        raise ValueError(f"one has items {one.shape}, the other {other.shape}: give the same items for both.")
     wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
@@ -146,14 +172,14 @@ RULE = "the smallest loop count whose loss lies within the paired 95% interval o
 
 
 def choose(losses: dict[Any, float], differences: dict[Any, Interval]) -> Any:
-    """Return the recommended one of several models, by its name: the first, and so the cheapest, whose difference reaches zero.
+    """Return the name of the recommended model: the first, and so the cheapest, whose difference to the best reaches zero.
 
     Args:
         losses: name -> bits per byte, from the cheapest model to the dearest.
         differences: name -> its loss minus the best one's, paired.
 
     Raises:
-        ValueError: there are none, or one has no difference.
+        ValueError: there are no models, or one has no difference.
     """
     if not losses or losses.keys() - differences.keys():
         raise ValueError(f"there are losses of {list(losses)} and differences of {list(differences)}: each needs both.")

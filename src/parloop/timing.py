@@ -1,6 +1,6 @@
-"""Time things side by side, and count the bytes that are alive.
+"""Time variants side by side, and count the bytes of live tensors.
 
-Machines are noisy, so what is compared is interleaved: every round runs each variant once, and ratios are taken within a round.
+Machines are noisy, so variants are interleaved: every round runs each variant once, and ratios are taken within a round.
 """
 
 import statistics
@@ -30,7 +30,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the median and the quartiles of at least one value; a single value is all three."""
+        """Return the median and the quartiles of at least one value; for a single value all three are equal."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
         return cls(median, low, high)
 
@@ -41,7 +41,7 @@ class Spread:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Return how long a call takes, in seconds; on a GPU until its work is done."""
+    """Return the seconds that a call takes; on a GPU until its work is done."""
     start = timer()
     run()
     return timer() - start
@@ -60,13 +60,14 @@ def interleaved(
 
     Args:
         variants: name -> a call that measures itself; `functools.partial(seconds_of, run)` measures the time of `run`.
-        rounds: that count.
-        warm_up: rounds before them that do not.
-        rotate: begin every round with the next variant, so that none always comes after the same one.
-        before_round, after_run: called in every round, also to warm up.
+        rounds: number of rounds that count.
+        warm_up: number of earlier rounds that do not count.
+        rotate: begin every round with the next variant, so that none always follows the same one.
+        before_round: called before every round, warm-up included.
+        after_run: called after every run, warm-up included.
 
     Returns:
-        name -> what its calls returned, [rounds].
+        name -> the values that its calls returned, one per round.
     """
     names = list(variants)
     measured: dict[Name, list[Measured]] = {name: [] for name in names}
@@ -84,13 +85,13 @@ def interleaved(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages that are alive after every operation, and their peak.
+    """Counts the bytes of live tensor storages after every operation, and their peak.
 
-    Note: what a storage is resized to later is not noticed, unless `resized` is true; all sizes are then asked for after every operation.
+    Note: a later resize of a storage is missed, unless `resized` is true; all sizes are then read after every operation.
 
     Args:
-        ignored: tensors that are there before, and do not count.
-        resized: storages change their sizes, as FSDP's do.
+        ignored: tensors that exist before, and do not count.
+        resized: whether storages change their sizes, as FSDP's do.
     """
 
     def __init__(self, ignored: Iterable[torch.Tensor] = (), resized: bool = False) -> None:
@@ -101,14 +102,14 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def alive(self) -> int:
-        """Bytes that are alive now."""
+        """Bytes of live storages."""
         if not self.resized:
             return self._alive
         held = (ref() for ref in list(self._storages.values()) if ref is not None)
         return sum(storage.nbytes() for storage in held if storage is not None)
 
     def watch(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage, once, for as long as it lives."""
+        """Count a tensor's storage, once, for its lifetime."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._storages:
@@ -130,7 +131,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start a new high-water mark of memory. Returns False if the system has one for the whole process only."""
+    """Reset the high-water mark of memory. Return False if the system cannot, so that the mark covers the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -142,7 +143,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the high-water mark: of the allocator on a GPU, else of the process's resident memory."""
+    """Return the high-water mark in bytes: of the allocator on a GPU, otherwise of the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

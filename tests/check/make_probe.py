@@ -93,7 +93,7 @@ def variants() -> list[tuple[str, ...]]:
 
 
 def choose_prompts(weights: dict, tokens: int, length: int, count: int, tried: int, generator) -> list[str]:
-    """Those whose right answers are decided by the widest margins, with different first characters."""
+    """Choose the prompts whose right answers have the widest margins, with different first characters."""
     ranked = []
     for _ in range(tried):
         ids = torch.randint(2, CONFIG["vocab_size"], (length,), generator=generator).tolist()

@@ -16,7 +16,7 @@ from tests.helpers.sources import QUIET, settings, write_sources
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where the temporary folders of this test are."""
+    """Return the temporary folder of this test."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
     return tmp_path / "tmp" / f"parloop-{os.getuid()}"

@@ -263,7 +263,7 @@ def test_what_contradicts_itself_or_is_no_reasoning_is_counted(tmp_path):
     assert chat.left_out == {
         "the chat template refuses it (the text before a turn is not how the text with it begins)": 1,
         "enable_thinking that is neither true nor false": 1,
-        "chat_template_kwargs that are no options of a template": 1,
+        "chat_template_kwargs that are not options of a template": 1,
         "reasoning that is not the assistant's text": 2,
     }
 

@@ -350,7 +350,7 @@ def test_the_key_notices_what_links_lead_to_and_the_tokenizer(tmp_path):
 
 def test_a_tokenizer_that_cannot_be_used(tmp_path):
     folder = write_sources(tmp_path / "src", 40)
-    with pytest.raises(SourceError, match=r"tokenizer '.*nothing' cannot be loaded .*or none, and one is trained"):
+    with pytest.raises(SourceError, match=r"tokenizer '.*nothing' cannot be loaded .*or leave it out to train one"):
         load_corpus(settings(folder, tokenizer=str(tmp_path / "nothing")), tmp_path / "cache", QUIET)
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be(made, tokenizer, tmp_path):
         Dataset.from_dict({"content": TEXTS}).to_parquet(tmp_path / "c.parquet")
         Stream(Mixture([part(tmp_path / "c.parquet")], 16, 1, 10), tokenizer, 0).row()
     loader = StreamLoader(Mixture([part(made / "files")], 16, 2, 10), tokenizer, 4)
-    with pytest.raises(CheckpointError, match="places of 0 streams, but data_streams=2"):
+    with pytest.raises(CheckpointError, match="cursors of 0 streams, but data_streams=2"):
         loader.restore(tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_samples_and_validation_are_mixed_as_the_weights_say(made, tokenizer, tm
 
 
 def test_tables_are_dealt_by_file_only_if_shares_come_out_about_as_large(made, tokenizer, tmp_path):
-    """Of three files for two streams one would get twice as much, so rows are dealt; of two or sixteen, files."""
+    """With three files for two streams, one would get twice as much, so rows are assigned; with two or sixteen files, files are."""
     for count, by_file in ((2, True), (3, False), (16, True), (15, False)):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -326,7 +326,7 @@ def test_tables_are_dealt_by_file_only_if_shares_come_out_about_as_large(made, t
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.EIO, "When it can be again, the same command goes on"),
+        (errno.EIO, "Once it is readable again, the same command continues"),
         (errno.EMFILE, "raise the limit .*, or lower data_streams"),
     ],
 )
@@ -359,7 +359,7 @@ def test_a_file_that_may_not_be_read_is_left_out(made, tokenizer, monkeypatch):
 def test_what_cannot_be_a_table(made, tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     (tmp_path / "b.txt").write_text("x")
-    with pytest.raises(SourceError, match=r"has tables and other files \(a.jsonl, b.txt\): name them apart"):
+    with pytest.raises(SourceError, match=r"has tables and other files \(a.jsonl, b.txt\): name them separately"):
         Stream(Mixture([part(tmp_path / "*", share=1e-9)], 16, 1, 10), tokenizer, 0).row()
     (tmp_path / "late.jsonl").write_text("\n".join(['{"content": "x"}'] * 1500 + ['{"text": "x"}']))
     with pytest.raises(SourceError, match=r"there is no column 'text': choose text_column among .'content'"):

@@ -31,7 +31,7 @@ def task(request):
 
 
 def content(task, document) -> str:
-    """What decides a document's split, read off its text."""
+    """Return the part of a document's text that decides its split."""
     symbols = task.symbols_of(document)
     match task.name:
         case "hops":
@@ -225,7 +225,7 @@ def test_traced_hops_write_what_is_met():
 
 
 def run_for_real(programs: list[str]) -> list[list[str]]:
-    """What Python prints, in a process of its own."""
+    """Return what Python prints, in a separate process."""
     script = (
         "import contextlib, io, json, sys\n"
         "for program in json.load(sys.stdin):\n"
@@ -509,7 +509,7 @@ def test_a_tokenizer_that_does_not_know_a_symbol_is_refused():
 
 
 def documents_in(row) -> list[tuple[int, int]]:
-    """Where pieces of a row begin and end, padding included."""
+    """Return where the pieces of a row begin and end, padding included."""
     starts = np.flatnonzero(row["position_ids"] == 0)
     return list(zip(starts, [*starts[1:], len(row["position_ids"])]))
 

@@ -352,7 +352,7 @@ def test_loops_that_there_are_not_are_no_loops():
     """Python's indices would count them from the end: loop 0 as loop R."""
     seen = parloop.diagnose(tiny_model(plt_num_loops=3), [{"input_ids": random_ids(4, 12)}])
     for loop in (0, -1, 4, 10**6, 1.0, True, "2", None):
-        with pytest.raises(DiagnosisError, match=rf"^loop={loop!r} is no loop of this diagnosis: there are 1 to 3\.$"):
+        with pytest.raises(DiagnosisError, match=rf"^loop={loop!r} is not a loop of this diagnosis: there are 1 to 3\.$"):
             seen.mean("loss", loop)
     for since in (0, -2, 4):
         with pytest.raises(DiagnosisError, match=rf"^since={since} is no loop .* 1 to 3"):
@@ -364,7 +364,7 @@ def test_loops_that_there_are_not_are_no_loops():
     assert seen.change("loss", 1, since=3).value == pytest.approx(-seen.change("loss", 3, since=1).value)
     assert seen.mean("loss", np.int64(2)).as_list() == seen.mean("loss", 2).as_list()
     one = parloop.diagnose(tiny_model(plt_num_loops=1), [{"input_ids": random_ids(4, 12)}])
-    with pytest.raises(DiagnosisError, match=r"loop=2 is no loop of this diagnosis: there are 1\."):
+    with pytest.raises(DiagnosisError, match=r"loop=2 is not a loop of this diagnosis: there are 1\."):
         one.mean("loss", 2)
 
 

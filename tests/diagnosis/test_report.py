@@ -187,7 +187,7 @@ def test_the_report_of_one_loop_has_no_empty_figures(made, tmp_path):
 
 
 def test_names_that_are_not_utf8_are_replaced_in_the_report(made, tmp_path, monkeypatch):
-    """Of the text's folder, of documents in it, and in the command."""
+    """Names of the text's folder and of documents in it, and names in the command."""
     named = tmp_path / os.fsdecode(b"t\xffxt")
     shutil.copytree(made / "text", named)
     for path in named.rglob("*.py"):
@@ -383,7 +383,7 @@ def test_what_is_not_known_of_the_training_is_said(trained, made, tmp_path, monk
     )
     Recipe(source=str(tmp_path / "moved")).save("run/recipe.yaml")
     assert (
-        f"may be: {tmp_path / 'moved'}, which run/recipe.yaml names, is not there any more"
+        f"may be: {tmp_path / 'moved'}, which run/recipe.yaml names, no longer exists"
         in choose_text("run", "text").trained_on
     )
     with pytest.raises(
@@ -393,7 +393,7 @@ def test_what_is_not_known_of_the_training_is_said(trained, made, tmp_path, monk
 
 
 def test_of_several_trainings_the_smallest_held_out_share_counts(trained, tmp_path, monkeypatch):
-    """What the second one held out, the first one may have trained on."""
+    """The first training may have used text that the second one held out."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree("run", "again")
     Recipe(source=str(tmp_path / "text"), init_from="run", validation_share=0.6).save("again/recipe.yaml")

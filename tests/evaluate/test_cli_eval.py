@@ -19,7 +19,7 @@ SERVER = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "toy@2"]
 
 @pytest.fixture
 def parloop(monkeypatch, capsys, tmp_path):
-    """Runs the command in a folder with a checkpoint, tiny; gives its exit code, and what it said on both channels."""
+    """Run the command in a folder with a checkpoint, tiny; return its exit code, and its output on both channels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_plan_without_the_data_says_what_is_missing(parloop):
 
 
 def test_loops_beyond_those_of_the_training_can_be_measured(parloop):
-    """As parloop serve allows, and says."""
+    """Like parloop serve, which warns of it."""
     code, said = parloop("bfcl_v3", "tiny", "--loops", "5", "--plan")
     assert code == 0
     assert "PARLOOP_MODEL=tiny@5" in said
@@ -172,9 +172,9 @@ def test_a_run_against_a_server(parloop, asked):
     [
         ([], "name at least one benchmark: parloop eval --list shows them"),
         (["tiny"], "name at least one benchmark"),
-        (["humanevil_plus", "tiny"], "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus?"),
-        (["humanevil_plus", *SERVER], "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus?"),
-        (["bfcl_v3", "nowhere"], "'nowhere' is no benchmark, and no folder: parloop eval --list shows them (held_out, humaneval_plus"),
+        (["humanevil_plus", "tiny"], "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus?"),
+        (["humanevil_plus", *SERVER], "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus?"),
+        (["bfcl_v3", "nowhere"], "'nowhere' is not a benchmark, and not a folder: parloop eval --list shows them (held_out, humaneval_plus"),
         (["bfcl_v3", "tiny", "empty"], "tiny, empty: give one checkpoint"),
         (["bfcl_v3", "no/where", "--loops", "1", "2"], "checkpoint 'no/where' cannot be loaded"),
         (["bfcl_v3"], "give a checkpoint, or --endpoint URL with --model NAME"),
@@ -187,12 +187,12 @@ def test_a_run_against_a_server(parloop, asked):
         (["bfcl_v3", *SERVER, "--set", "seed"], "--set 'seed' must be BENCHMARK.NAME=VALUE"),
         (["bfcl_v3", *SERVER, "--set", "seed=1"], "--set 'seed=1' must be BENCHMARK.NAME=VALUE"),
         (["bfcl_v3", *SERVER, "--set", "bfcl_v3.sed=1"], "bfcl_v3 has no setting 'sed': it has mode, temperature"),
-        (["bfcl_v3", *SERVER, "--set", "bfcl.seed=1"], "'bfcl' is no benchmark"),
+        (["bfcl_v3", *SERVER, "--set", "bfcl.seed=1"], "'bfcl' is not a benchmark"),
         (["bigcodebench", *SERVER, "--set", "bigcodebench.temperature=0.5"], "bigcodebench.temperature is 0.0 with bigcodebench 0.2.5"),
         (["bfcl_v3", *SERVER, "--data", "x"], "--data 'x' must be BENCHMARK=PATH"),
         (["bigcodebench", *SERVER, "--data", "bigcodebench=no/[/y]"], "--data bigcodebench=no/[/y]: there is no such file or folder"),
         (["bfcl_v3", "empty"], "checkpoint 'empty' cannot be loaded: the folder has no usable config.json"),
-        (["--report"], "'runs/eval' is not there: give folders with results of parloop eval"),
+        (["--report"], "'runs/eval' does not exist: give folders with results of parloop eval"),
         (["--report", "tiny"], "no result below tiny: run parloop eval first"),
     ],
 )  # fmt: skip
@@ -258,7 +258,7 @@ def test_a_report_of_something_else(parloop, tmp_path):
     (tmp_path / "out/result.json").write_text('{"accuracy": 1}')
     code, said = parloop("--report", "out")
     assert code == 2
-    assert "'out/result.json' is no result of parloop eval (it has no benchmark): take it away" in said
+    assert "'out/result.json' is not a result of parloop eval (it has no benchmark): remove it" in said
 
 
 @pytest.mark.parametrize("name", ["report.html", "evaluation.png", "evaluation.json"])

@@ -75,7 +75,7 @@ def test_answers_become_livecodebenchs_programs(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == [
         {"question_id": "a", "code_list": ["1", "2"]}, {"question_id": "b", "code_list": ["3", "4"]},
     ]  # fmt: skip
-    with pytest.raises(SystemExit, match="2 problems have fewer than 3 answers, a for one"):
+    with pytest.raises(SystemExit, match="2 problems have fewer than 3 answers, for instance a"):
         livecodebench.collect(tmp_path, 3)
 
 

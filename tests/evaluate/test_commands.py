@@ -47,7 +47,7 @@ def request(name, **more):
 
 
 def commands(request, place):
-    """As planned, a line each, without what differs between machines."""
+    """Return the planned commands, one per line, without the parts that differ between machines."""
     (planned,) = plan(request)
     benchmark, lines = planned.benchmark, planned.commands
     folders = {str(place): "HERE", sys.executable: "PYTHON", str(Path(run.__file__).parent): "PARLOOP"}

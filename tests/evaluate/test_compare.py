@@ -103,7 +103,7 @@ def test_a_loss_over_bytes(tmp_path):
 
 @pytest.mark.parametrize("items", [passed("1" * 10), passed("0" * 10), dict.fromkeys("abc", 0.1), dict.fromkeys("abc", 0.7)])
 def test_a_value_lies_in_its_interval(tmp_path, items):
-    """Of items that are all the same too, whatever is rounded."""
+    """Also with items that are all equal, however they are rounded."""
     saved(tmp_path, BFCL, 1, items)
     (row,) = ours(entry(tmp_path, BFCL))
     assert row.interval[0] <= row.value <= row.interval[1]
@@ -177,7 +177,7 @@ def test_a_difference_of_means_that_are_not_the_values_says_so(tmp_path, right):
     saved(tmp_path, SPOKEN, 2, {"cpp/a": right, "js/a": 0.0, "js/b": 0.0}, value=50.0 * right)
     (test,) = entry(tmp_path, SPOKEN).tests
     assert test.difference == pytest.approx(100 * right / 3)
-    assert test.test.endswith(", of the items' means and not of the values")
+    assert test.test.endswith(", of the items' means, not of the values")
     assert "of the items' means" in shown(compare([tmp_path], tmp_path))
 
 
@@ -289,7 +289,7 @@ def test_the_table(summary):
 
 
 class Links(HTMLParser):
-    """What a page would fetch, and its text."""
+    """Return the addresses that a page would fetch, and its text."""
 
     def __init__(self, html):
         super().__init__()

@@ -112,9 +112,9 @@ def test_other_paths_do_not_make_it_give_up(metered):
     [
         ({"hang": 1.5}, 504, "no answer within 0.3 s"),
         ({"close": True}, 502, "RemoteDisconnected"),
-        ({"raw": "{not json"}, 200, "an answer that is no JSON: {not json"),
-        ({"raw": ""}, 200, "an answer that is no JSON"),
-        ({"raw": "data: {torn\n\n"}, 200, "an event that is no JSON"),
+        ({"raw": "{not json"}, 200, "an answer that is not JSON: {not json"),
+        ({"raw": ""}, 200, "an answer that is not JSON"),
+        ({"raw": "data: {torn\n\n"}, 200, "an event that is not JSON"),
         ({"status": 400}, 400, "400: "),
         ({"status": 503}, 503, "503: "),
     ],
@@ -144,7 +144,7 @@ def test_a_server_that_is_gone(metered):
 
 
 def test_another_server_takes_over(metered):
-    """As when ours had to be started again, at another port."""
+    """Such as our own server after a restart, at another port."""
     meter, server = metered({"close": True})
     ask(meter)
     with Scripted(lambda request: OK) as other:

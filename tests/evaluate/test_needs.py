@@ -1,4 +1,4 @@
-"""What is missing, and what the messages say can be done: needs, the sandbox, the tools' environments."""
+"""Missing needs, and the messages about them: programs, the sandbox, the tools' environments."""
 
 import os
 import socket
@@ -69,7 +69,7 @@ def without(*names):
 
 
 def answers(returncode, stderr=""):
-    """What programs that are tried say."""
+    """Return a function that stands for running a program, with this result."""
 
     def fault(machine):
         machine.setattr(
@@ -92,7 +92,7 @@ def hangs(machine):
         ({"docker": True}, without("docker"), "Docker, running", "install Docker, or run this benchmark on a machine that has it"),
         ({"docker": True}, answers(1), "Docker, running", "start Docker's engine (docker info fails)"),
         ({"docker": True}, hangs, "Docker, running", "docker info does not answer: is its engine running?"),
-        ({"sandbox": True}, without("bwrap"), "bubblewrap", "bubblewrap is not here: install bubblewrap (apt install bubblewrap"),
+        ({"sandbox": True}, without("bwrap"), "bubblewrap", "bubblewrap is not installed: install bubblewrap (apt install bubblewrap"),
         ({"sandbox": True}, answers(1, "bwrap: No permissions"), "bubblewrap", "(bwrap: No permissions): allow user namespaces"),
         ({"commands": ("git",)}, without("git"), "the program git", "install git"),
         ({"packages": ("no_such_package",)}, lambda machine: None, "the package no_such_package", 'pip install "parloop[eval]"'),
@@ -269,7 +269,9 @@ def test_nothing_runs_outside_where_there_is_no_sandbox(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     job = Job(tmp_path, "", "toy@2", 2, {})
     step = Step("scores", ["touch", str(tmp_path / "ran")], sandbox="offline", server=False)
-    with pytest.raises(EvaluationError, match=r"runs in a sandbox only, and bubblewrap is not here: install bubblewrap"):
+    with pytest.raises(
+        EvaluationError, match=r"only runs in a sandbox, and bubblewrap is not installed: install bubblewrap"
+    ):
         run.run_step(step, job, Meter("http://127.0.0.1:9", tmp_path / "log"), None, QUIET, needing())
     assert not (tmp_path / "ran").exists()
 

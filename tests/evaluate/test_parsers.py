@@ -1,4 +1,4 @@
-"""What each tool leaves, and what is read from it: recorded/README.md says which of these files are real."""
+"""The parsers on each tool's output. recorded/README.md says which of these files are real."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def copy(tool, folder):
 
 
 def agent(job, names, trajectory="tools-fix", patch="diff --git a/calc.py b/calc.py\n"):
-    """What mini-swe-agent leaves of these instances."""
+    """Write mini-swe-agent's output for these instances."""
     entries = {name: {"model_name_or_path": "openai/toy@2", "instance_id": name, "model_patch": patch} for name in names}
     for name in names:
         folder = job.work / "agent" / name
@@ -156,7 +156,7 @@ EXPECTED = {
 
 @pytest.fixture
 def job(tmp_path, request):
-    """Of the benchmark that the test is given as `name`."""
+    """Return a job of the benchmark that the test has as its parameter `name`."""
     benchmark = benchmarks()[request.getfixturevalue("name")]
     settings = benchmark.settings | ({"categories": CATEGORIES} if benchmark.name == "bfcl_v3" else {})
     job = Job(folder=tmp_path / "job", endpoint="", model="toy@2", loops=2, settings=settings)
@@ -287,7 +287,7 @@ NO_RESULT = [
     (
         "bigcodebench",
         lambda job, path: change(Path(str(path).replace("_eval_results", "_pass_at_k")), "gt_pass_rate", to=0.5),
-        "its own solutions pass 50% of their tests only",
+        "only 50% of its own solutions pass their tests",
     ),
     ("livecodebench", lambda job, path: path.unlink(), "the scorer left nothing: see scores.log"),
     ("held_out", lambda job, path: path.unlink(), "lm-eval left no samples: see losses.log"),
@@ -300,19 +300,19 @@ NO_RESULT = [
     (
         "terminal_bench_v1",
         lambda job, path: shutil.copy(RECORDED / "terminal-bench/no-docker.json", path),
-        "1 of 1 trials did not take place, hello for one",
+        "1 of 1 trials did not take place, for instance hello",
     ),
     ("terminal_bench_v2", lambda job, path: shutil.rmtree(job.work), "harbor left no trials: see trials.log"),
     ("terminal_bench_v2", lambda job, path: shutil.rmtree(path.parent), "2 of 3 trials have a result"),
     (
         "terminal_bench_v2",
         lambda job, path: (change(path, "verifier_result", to=None), change(path, "exception_info", "exception_type", to="RuntimeError")),
-        r"1 trials did not take place, aaa \(RuntimeError\) for one",
+        r"1 trials did not take place, for instance aaa \(RuntimeError\)",
     ),
     (  # graded all the same
         "terminal_bench_v2",
         lambda job, path: change(path, "exception_info", "exception_type", to="ApiConnectionError"),
-        r"1 trials did not take place, aaa \(ApiConnectionError\) for one",
+        r"1 trials did not take place, for instance aaa \(ApiConnectionError\)",
     ),
     ("swe_bench_verified", lambda job, path: path.unlink(), "swebench left no report: see grades.log"),
     (
@@ -514,7 +514,7 @@ def test_the_hard_subset_has_files_of_its_own(name, job):
 
 
 def test_other_problems_are_other_data(name, job):
-    """Of benchmarks whose data are given, or not pinned."""
+    """For benchmarks whose data are passed, or not pinned."""
     PLACED[name](job)
     if name.startswith("swe_bench"):
         job.data = job.folder / "data"

@@ -126,7 +126,7 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path, settings, model,
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}'])
 def test_settings_that_cannot_be_read(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"settings.json is not .*take the file away"):
+    with pytest.raises(EvaluationError, match=r"settings.json is not .*remove the file"):
         claim(tmp_path, {}, MODEL)
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_is_no_result(tmp_path, content, why):
     saved(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_text(content)
-    with pytest.raises(EvaluationError, match=rf"b/result.json' is no result of parloop eval \(.*{why}.*\): take it away"):
+    with pytest.raises(EvaluationError, match=rf"b/result.json' is not a result of parloop eval \(.*{why}.*\): remove it"):
         load_results([tmp_path])
 
 
@@ -175,13 +175,13 @@ def test_a_result_with_values_of_another_kind(tmp_path, change):
     saved(tmp_path)
     path = tmp_path / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+    with pytest.raises(EvaluationError, match="is not a result of parloop eval"):
         load_results([tmp_path])
 
 
 def test_a_result_that_is_nested_too_deeply(tmp_path):
     (tmp_path / "result.json").write_text("[" * 50_000)
-    with pytest.raises(EvaluationError, match="is no result of parloop eval"):
+    with pytest.raises(EvaluationError, match="is not a result of parloop eval"):
         load_results([tmp_path])
 
 
@@ -198,7 +198,7 @@ def test_a_result_that_lacks_a_field(tmp_path, field):
 def test_no_results(tmp_path):
     with pytest.raises(EvaluationError, match=r"no result below .*: run parloop eval first"):
         load_results([tmp_path])
-    with pytest.raises(EvaluationError, match="/gone' is not there: give folders with results of parloop eval"):
+    with pytest.raises(EvaluationError, match="/gone' does not exist: give folders with results of parloop eval"):
         load_results([tmp_path / "gone"])
 
 

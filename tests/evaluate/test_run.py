@@ -140,7 +140,7 @@ def test_starting_over_deletes_nothing_of_others(known, server, tmp_path):
     (folder(tmp_path) / "notes.txt").write_text("mine")
     before = len(server.requests)
     with pytest.raises(
-        OutputError, match=r"one' holds what parloop eval did not write \(notes.txt\): move it away, or choose"
+        OutputError, match=r"one' holds files that parloop eval did not write \(notes.txt\): move them away, or choose"
     ):
         evaluate(request(server, tmp_path, fresh=True), QUIET)
     assert (folder(tmp_path) / "result.json").exists()
@@ -158,7 +158,7 @@ def test_a_folder_of_somebody_else_is_refused(known, server, tmp_path, fresh, na
     known(made())
     folder(tmp_path).mkdir(parents=True)
     (folder(tmp_path) / name).write_text("{}")
-    with pytest.raises((OutputError, EvaluationError), match=rf"holds what parloop eval did not write \({name}\)"):
+    with pytest.raises((OutputError, EvaluationError), match=rf"holds files that parloop eval did not write \({name}\)"):
         evaluate(request(server, tmp_path, fresh=fresh), QUIET)
     assert [path.name for path in folder(tmp_path).iterdir()] == [name]
     assert server.requests == []
@@ -188,7 +188,7 @@ def test_another_measurement_does_not_go_into_the_same_folder(known, server, tmp
             EvaluationError, match=r"of another kind .*choose another --output, or start over with --fresh"
         ) as caught:
             evaluate(request(server, tmp_path, **changes), QUIET)
-        assert "the same command goes on" not in str(caught.value)
+        assert "the same command continues" not in str(caught.value)
     assert asked(server) == [0, 1, 2]
 
 
@@ -199,11 +199,11 @@ def test_another_measurement_does_not_go_into_the_same_folder(known, server, tmp
     ("benchmark", "message"),
     [
         (made(steps=shell("echo starting; echo no such file: x >&2; exit 3")), r"one-tool 1.0 ended with 3 \(.*scores.log\): .*no such file: x"),
-        (made(steps=shell("true")), r"one-tool 1.0 ended well and left no items: see the logs in .*one"),
+        (made(steps=shell("true")), r"one-tool 1.0 succeeded but left no items: see the logs in .*one"),
         (made(steps=shell("true"), parse=lambda job: Outcome({}, problems=["no scores: run it again"])), "no scores: run it again"),
         (made(steps=shell("true"), parse=lambda job: Outcome({"a": 1.0}, problems=["1 of 2 items"])), "1 of 2 items"),
         (made(steps=shell("kill -9 $$")), "one-tool 1.0 ended with -9"),
-        (made(steps=shell("true"), parse=lambda job: Outcome({"a": float("nan")})), "1 items have a score that is no number, a for one"),
+        (made(steps=shell("true"), parse=lambda job: Outcome({"a": float("nan")})), "1 items have a score that is not a number, for instance a"),
     ],
     ids=["exit code", "nothing left", "a problem", "a problem and items", "killed", "no number"],
 )  # fmt: skip
@@ -211,7 +211,7 @@ def test_a_tool_that_fails_leaves_no_result(known, server, tmp_path, benchmark, 
     known(benchmark)
     with pytest.raises(EvaluationError, match=message) as caught:
         evaluate(request(server, tmp_path), QUIET)
-    assert "1 of 1 gave no result; what was answered is kept, and the same command goes on" in str(caught.value)
+    assert "1 of 1 gave no result; answers are kept, and the same command continues" in str(caught.value)
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -271,7 +271,7 @@ def test_a_finished_result_needs_nothing(known, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_tool_that_outlives_its_run_keeps_others_out(known, server, tmp_path, monkeypatch, fresh):
-    """As after kill -9: it would write between the answers of the next run."""
+    """Such as after kill -9: the tool would write between the answers of the next run."""
     known(made(steps=shell("exec sleep 60")))
     left = []
     with monkeypatch.context() as killed:
@@ -290,7 +290,7 @@ def test_a_tool_that_outlives_its_run_keeps_others_out(known, server, tmp_path, 
 
 
 def test_seconds_are_those_of_all_runs(known, server, tmp_path):
-    """As requests and tokens are."""
+    """Like requests and tokens."""
     known(made(steps=shell("exit 1")))
     with pytest.raises(EvaluationError):
         evaluate(request(server, tmp_path), QUIET)
@@ -549,7 +549,7 @@ def test_our_server_that_ends_again_and_again(known, served, server, checkpoint,
 
 
 def test_a_server_that_ends_at_its_start_says_why(tmp_path, monkeypatch):
-    """The real one, of a checkpoint that is not there."""
+    """The real server, of a checkpoint that does not exist."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     log = tmp_path / "server.log"
     log.write_text("".join(f"line {n}\n" for n in range(20)) + "no such checkpoint\n")
@@ -567,10 +567,10 @@ ONE = {"endpoint": "http://x/v1", "model": "m"}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"benchmarks": ["humanevil_plus"], **ONE}, "'humanevil_plus' is no benchmark, and no folder: did you mean humaneval_plus\\?"),
-        ({"benchmarks": ["x"], **ONE}, "'x' is no benchmark, and no folder: parloop eval --list shows them"),
-        ({"benchmarks": ["bfcl_v3"], "data": {"bfcl": Path(".")}, **ONE}, "'bfcl' is no benchmark"),
-        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl": {"seed": 1}}, **ONE}, "'bfcl' is no benchmark"),
+        ({"benchmarks": ["humanevil_plus"], **ONE}, "'humanevil_plus' is not a benchmark, and not a folder: did you mean humaneval_plus\\?"),
+        ({"benchmarks": ["x"], **ONE}, "'x' is not a benchmark, and not a folder: parloop eval --list shows them"),
+        ({"benchmarks": ["bfcl_v3"], "data": {"bfcl": Path(".")}, **ONE}, "'bfcl' is not a benchmark"),
+        ({"benchmarks": ["bfcl_v3"], "settings": {"bfcl": {"seed": 1}}, **ONE}, "'bfcl' is not a benchmark"),
         ({"benchmarks": [], **ONE}, "name at least one benchmark"),
         ({"benchmarks": ["bfcl_v3"]}, "give a checkpoint, or --endpoint URL with --model NAME"),
         ({"benchmarks": ["bfcl_v3"], "checkpoint": "x", **ONE}, "give the checkpoint 'x' or --endpoint http://x/v1: one of both"),

@@ -180,7 +180,7 @@ def test_a_server_that_fails_half_way_costs_nothing(tmp_path):
             data=problems(tmp_path / "p.jsonl", 5),
         )
         with pytest.raises(
-            EvaluationError, match=r"(?s)the same command goes on.*failed 12 times in a row, the last time with: 500"
+            EvaluationError, match=r"(?s)the same command continues.*failed 12 times in a row, the last time with: 500"
         ):
             evaluate(request, QUIET)
         broken[0] = False

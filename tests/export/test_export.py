@@ -95,7 +95,7 @@ def test_folders_that_cannot_be(tmp_path):
         export(tmp_path / "full", tmp_path / "out", to="mlx")
     with pytest.raises(CheckpointError, match="no such folder"):
         export(tmp_path / "nowhere", tmp_path / "out", to="mlx")
-    with pytest.raises(CheckpointError, match="no whole checkpoint of a run"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint of a run"):
         export(PROBE, tmp_path / "out")
     shutil.copyfile(PROBE / "model.safetensors", tmp_path / "full" / "model.safetensors")
     with pytest.raises(ExportError, match=r"no config\.json"):

@@ -48,7 +48,7 @@ def plt_fields(metadata, names):
 
 @pytest.fixture(autouse=True)
 def _architecture(monkeypatch):
-    """What transformers' reader would have to know of the architecture: two entries in its tables."""
+    """Add the architecture to the tables of transformers' reader: two entries."""
     monkeypatch.setitem(gguf_conversion_mapping.GGUF_ARCHS, "plt", plt_weights)
     monkeypatch.setitem(gguf_config_mapping.GGUF_CONFIG_ARCHS, "plt", plt_fields)
 

@@ -1,4 +1,4 @@
-"""What mlx-lm does with caches: tails by laziness, batches that rows join and leave, padding, files, quantised keys and values, shared prefixes."""
+"""Caches in mlx-lm: tails by lazy evaluation, batches that rows join and leave, padding, files, quantised keys and values, shared prefixes."""
 
 import copy
 import re

@@ -32,7 +32,7 @@ def test_chunks_and_one_pass_steps(case, T, chunk):
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("step", [2048, 48])
 def test_greedy_generation(case, T, step):
-    """As mlx-lm generates: of a prompt's chunks only the caches are evaluated, so later loops run on their tails."""
+    """Generate like mlx-lm: only the caches of a prompt's chunks are evaluated, so later loops run on their tails."""
     steps = generate_step(mx.array(case.prompt(T)), case.model, max_tokens=48, prefill_step_size=step)
     tokens, logprobs = zip(*steps)
     case.check(T, tokens, logprobs)

@@ -113,7 +113,7 @@ def test_chat_whole_streamed_and_stopped(server):
 
 
 def test_a_text_is_continued_exactly_where_its_answer_ended(server):
-    """What ends mlx-lm 0.32's own server, and all requests that wait there."""
+    """This ends mlx-lm 0.32's own server, and all requests that wait there."""
     prompt, right = next(iter(RIGHT.items()))
     text = prompt
     for _ in range(3):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from parloop import make_cache
+from parloop.model.backends import attend_rows, eager_attention
 from tests.helpers.flash import flash_contract  # noqa: F401  (registers "contract")
 from tests.helpers.models import left_padded, random_ids, tiny_model
 
@@ -38,6 +39,45 @@ def test_flash_attention_is_told_the_right_thing(R, w):
             torch.testing.assert_close(got[-len(row) :], model(row[None]).logits[0], atol=1e-10, rtol=0)
 
 
+def test_keys_that_sdpa_reads(monkeypatch):
+    """Of a prompt, windows as bands: w before a block of 32. Of a step, every key head once for all loops and heads."""
+    asked = []
+
+    def sdpa(query, key, *arguments, **options):
+        asked.append((*query.shape[:2], key.shape[2]))
+        return original(query, key, *arguments, **options)
+
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    model, ids = tiny_model(num_hidden_layers=1, num_key_value_heads=1), random_ids(1, 101)
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=cache)
+        assert asked == [(1, 4, 100), (1, 4, 100), (4, 4, 36)]  # loop 1, loop 2's global and its 4 blocks
+        asked.clear()
+        model(ids[:, 100:], past_key_values=cache)
+    assert asked == [(1, 1, 101), (1, 1, 5)]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_of_loops_are_heads_to_other_backends(n):
+    q, k, v = (torch.randn(2, 2, T, 8, dtype=torch.float64) for T in (n, 9, 9))
+    rows = []
+    for attn in ("eager", "contract"):
+        attention = tiny_model(attn=attn).model.layers[0].self_attn
+        rows.append(attend_rows(attention, q, k, v, None, position_ids=torch.zeros(2, 1)))
+    torch.testing.assert_close(*rows, atol=1e-12, rtol=0)
+
+
+def test_eager_weights_of_half_precision_are_rounded_once():
+    """Computed in float32; sums in float16 would be off over many keys."""
+    q, k = torch.randn(1, 1, 4, 8).half(), torch.randn(1, 1, 5000, 8).half()
+    attention = tiny_model(num_attention_heads=1, num_key_value_heads=1).model.layers[0].self_attn
+    out, weights = eager_attention(attention, q, k, k, None, scaling=1.0, dropout=0.0)
+    assert out.dtype == weights.dtype == torch.float16
+    assert torch.equal(weights, (q @ k.transpose(2, 3)).float().softmax(-1).half())
+
+
 @pytest.mark.slow
 def test_flex_attention():
     # hidden size 64: flex wants heads of at least 16
@@ -70,10 +110,11 @@ def test_bfloat16_is_close_to_float32(R):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("R", [1, 3])
-def test_autocast_is_close_to_float32(R, attn):
-    """Weights in float32, products in bfloat16: masks have to be of the queries' type. Prompt and step of a padded batch."""
-    model = tiny_model(plt_num_loops=R, dtype=torch.float32, attn=attn)
+@pytest.mark.parametrize(("R", "gate_reads_hidden"), [(1, True), (3, True), (3, False)])
+def test_autocast_is_close_to_float32(R, gate_reads_hidden, attn):
+    """Weights in float32, products in bfloat16: masks and gates have to be of the queries' type. Prompt and step of a padded batch."""
+    changes = {"plt_num_loops": R, "plt_gate_use_hidden_states": gate_reads_hidden}
+    model = tiny_model(dtype=torch.float32, attn=attn, **changes)
     ids, mask = left_padded([random_ids(n, seed=n) for n in (3, 40)])
 
     def logits():

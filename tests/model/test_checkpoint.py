@@ -38,7 +38,7 @@ BAD = [
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling=.*'linear'.* lacks a field: .*'factor'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer of at least 1"),
-    ({"dtype": "foo"}, "dtype='foo' is none that a model can have: use 'bfloat16'"),
+    ({"dtype": "foo"}, "dtype='foo' is not a dtype of models: use 'bfloat16'"),
     ({"dtype": "int8"}, "dtype='int8' is none"),
     ({"dtype": "nn"}, "dtype='nn' is none"),
     ({"torch_dtype": 3}, "dtype=3 is none"),

@@ -206,8 +206,9 @@ def test_the_same_fields_where_they_are_off(field):
     assert model.generate(ids, **GREEDY).tolist() == recomputed(model, ids).tolist()
 
 
-def test_a_cache_that_forgets_is_refused():
+@pytest.mark.parametrize("field", [{"sliding_window": 4}, {"layer_types": ["linear_attention"] * 2}])
+def test_a_cache_that_forgets_is_refused(field):
     model = tiny_model()
-    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2, sliding_window=4))
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2, **field))
     with pytest.raises(ValueError, match="would forget tokens"):
         model(random_ids(1, 8), past_key_values=cache)

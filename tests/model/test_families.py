@@ -15,6 +15,8 @@ OPTIONS = [
     {"attention_output_bias": True},
     {"qk_norm": True},  # Qwen3
     {"qk_norm": True, "attention_bias": True, "plt_gate_use_hidden_states": False},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 1, "attn": "eager"},
 ]
 
 

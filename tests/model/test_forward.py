@@ -1,14 +1,18 @@
 """What a call accepts and gives back, as any causal language model of transformers."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, CompileConfig
 
-from parloop import PLTForCausalLM, cache_bytes, make_cache
-from tests.helpers.models import random_ids, tiny_model
+from parloop import PLTForCausalLM, PLTModel, cache_bytes, make_cache
+from tests.helpers.models import random_ids, tiny_config, tiny_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 
@@ -86,6 +90,7 @@ def test_as_a_tuple():
         loss, logits, *_ = model(ids, labels=ids, return_dict=False)
     assert torch.equal(loss, named.loss)
     assert torch.equal(logits, named.logits)
+    assert isinstance(named.loop_states, tuple)
 
 
 @pytest.mark.parametrize("where", ["call", "configuration"])
@@ -192,3 +197,134 @@ def test_a_layer_is_never_split_over_devices(tmp_path):
         cache = make_cache(model.config)
         model(ids[:, :8], past_key_values=cache)
         torch.testing.assert_close(model(ids[:, 8:9], past_key_values=cache).logits, expected[:, 8:9], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offset", ["cpu", "lazy:0", "nowhere"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_model_is_split_over_two_devices(attn, offset):
+    """By device_map="auto": its hooks move what a part is called with to where the part is. Fake tensors have shapes and devices
+    alone ("lazy:0" is the second one), and fail where two devices meet. A prompt, its tail, and steps."""
+    with FakeTensorMode():
+        config = tiny_config(plt_num_loops=3)
+        with torch.device("lazy:0"):
+            second = PLTForCausalLM(config)
+        model = PLTForCausalLM(config)
+        model.set_attn_implementation(attn)
+        model.model.layers[1], model.model.norm, model.lm_head = second.model.layers[1], second.model.norm, second.lm_head
+        model.eval()
+        skipped = model._skip_keys_device_placement
+        layers, places = model.model.layers, {"cpu": [], "lazy:0": [], "nowhere": []}
+        places["cpu"] += [model.model.embed_tokens, model.model.rotary_emb, layers[0]]
+        places["lazy:0"] += [layers[1], model.model.norm, model.lm_head]
+        places[offset].append(model.model.offset)
+        for device in ("cpu", "lazy:0"):
+            for part in places[device]:
+                add_hook_to_module(part, AlignDevicesHook(device, skip_keys=skipped))
+        with torch.no_grad():
+            for keep in (0, 1):
+                cache = make_cache(config)
+                ids = torch.zeros(2, 30, dtype=torch.long)
+                assert model(ids, past_key_values=cache, logits_to_keep=keep).logits.shape[1] == (keep or 30)
+                for one_pass in (True, True, False):
+                    assert model(ids[:, :1], past_key_values=cache, one_pass=one_pass).logits.shape == (2, 1, 61)
+
+
+def test_a_call_makes_its_tensors_where_its_inputs_are():
+    """Such as positions and masks: on a device (see the test above) that is not the processor."""
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("lazy:0"):
+            model = PLTForCausalLM(tiny_config(plt_num_loops=3)).eval()
+            ids = torch.zeros(2, 40, dtype=torch.long)
+        for attn in ("sdpa", "eager"):
+            model.set_attn_implementation(attn)
+            for call in ({"use_cache": False}, {}, {"logits_to_keep": 1}):
+                assert model(ids, **call).logits.device == ids.device
+
+
+def test_positions_begin_at_zero_and_go_on_where_a_cache_ends():
+    model, ids, seen = tiny_model(), random_ids(1, 9), []
+    model.model.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
+    cache = make_cache(model.config)
+    model(ids, use_cache=False)
+    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, 6:], past_key_values=cache)
+    assert seen == [[[*range(9)]], [[*range(6)]], [[6, 7, 8]]]
+
+
+def test_the_stack_alone_begins_as_in_the_whole_model():
+    """Initialised, one pass over the weights per step, and with the padding's embedding left at zero."""
+    config = tiny_config(hidden_size=128, initializer_range=0.1)
+    stack = PLTModel(config).eval()
+    for name in ("q_proj", "o_proj"):
+        assert stack.layers[0].self_attn.get_submodule(name).weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert not stack.embed_tokens.weight[config.pad_token_id].any()
+    assert stack.embed_tokens.weight[1:].std().item() == pytest.approx(0.1, rel=0.1)
+    cache, passes = make_cache(config), []
+    stack.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    stack(random_ids(1, 5), past_key_values=cache)
+    assert len(passes) == 2
+    stack(random_ids(1, 1), past_key_values=cache)
+    assert len(passes) == 3
+
+
+def test_padding_learns_nothing():
+    model, ids = tiny_model().train(), random_ids(2, 9)
+    ids[1, 6:] = model.config.pad_token_id
+    model(ids, labels=ids).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert not gradient[model.config.pad_token_id].any()
+    assert gradient[ids[0]].any(-1).all()
+
+
+def test_a_model_without_loops_blends_evenly_where_it_is_looped():
+    """It has no gates: as gates that are initialised, a number per token and head."""
+    model = tiny_model(plt_num_loops=1, plt_trained_loops=[1, 2], attn="eager")
+    attention = model.model.layers[0].self_attn
+    g = attention.gate(torch.ones(2, 5, 32), torch.ones(2, 4, 5, 8))
+    assert torch.equal(g, torch.full((2, 5, 4, 1), 0.5))
+    output = model(random_ids(2, 5), num_loops=2, output_attentions=True)
+    assert [weights.shape for weights in output.attentions] == [(2, 4, 5, 5)] * 4
+
+
+def test_attention_weights_of_a_backend_that_gives_none():
+    model, ids = tiny_model(attn="sdpa"), random_ids(2, 9)
+    output = model(ids, output_attentions=True)
+    assert not any(torch.is_tensor(weights) for weights in output.attentions or ())
+    torch.testing.assert_close(output.logits, model(ids).logits, **EXACT)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_backends_of_transformers_can_be_chosen(attn):
+    """One whose package is missing is refused for that alone."""
+    model = tiny_model()
+    if attn == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(ImportError, match="package for FlashAttention2"):
+            model.set_attn_implementation(attn)
+    else:
+        model.set_attn_implementation(attn)
+        assert model.config._attn_implementation == attn
+
+
+def test_steps_with_a_static_cache_are_compiled(monkeypatch):
+    """By generate(), on a GPU; here it is asked to on any device."""
+    model, compiled = tiny_model(), []
+
+    def compile(config):
+        compiled.append(config)
+        return model.__call__
+
+    monkeypatch.setattr(model, "get_compiled_call", compile)
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True
+    options = {"max_new_tokens": 2, "cache_implementation": "static", "compile_config": everywhere}
+    model.generate(random_ids(1, 5), **options)
+    assert compiled
+
+
+def test_what_other_libraries_read():
+    """TRL's clone_chat_template the size of the vocabulary; PEFT and classifiers the stack below the head."""
+    model = tiny_model()
+    assert model.vocab_size == model.config.vocab_size
+    assert model.base_model is model.model
+    model.resize_token_embeddings(70)
+    assert (model.vocab_size, model.lm_head.out_features) == (70, 70)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parloop import cache_bytes, make_cache
+from parloop.model.cache_argument import CACHE
 from tests.helpers.decoding import GREEDY, recomputed
 from tests.helpers.models import left_padded, random_ids, tiny_model
 
@@ -67,6 +68,18 @@ def test_assisted_decoding(R, w):
     ids = random_ids(1, 4).repeat(1, 5)
     options = {**GREEDY, "max_new_tokens": 30}
     assert model.generate(ids, prompt_lookup_num_tokens=4, **options).tolist() == recomputed(model, ids, 30).tolist()
+
+
+@pytest.mark.parametrize(("w", "refused"), [(0, "Static cache"), (64, "Static cache"), (4, "Static cache|can be cropped")])
+def test_assisted_decoding_on_a_static_cache(w, refused):
+    """From transformers 5.24 on, if no window can lose a token that a rejected draft needs back; before, it is refused."""
+    model = tiny_model(plt_window_size=[w, 0])
+    ids, options = random_ids(1, 9), {"assistant_early_exit": 1, "cache_implementation": "static"}
+    if CACHE == "cache" and w != 4:
+        assert model.generate(ids, **options, **GREEDY).tolist() == recomputed(model, ids).tolist()
+    else:
+        with pytest.raises(ValueError, match=refused):
+            model.generate(ids, **options, **GREEDY)
 
 
 def test_a_draft_model():
@@ -184,11 +197,13 @@ def test_hidden_states_are_chosen_by_number_over_all_loops(wanted):
 
 def test_hidden_states_cannot_be_chosen_by_number_at_another_loop_count():
     model = tiny_model(plt_num_loops=3, plt_trained_loops=[1, 3])
-    with pytest.raises(
-        ValueError, match=r"output_hidden_states=\[-1\] counts what 3 loops return, and this call has num_loops=1"
-    ):
+    refused = r"output_hidden_states=\[-1\] counts what 3 loops return, and this call has num_loops=1"
+    with pytest.raises(ValueError, match=refused):
         model(random_ids(2, 9), num_loops=1, output_hidden_states=[-1])
     assert len(model(random_ids(2, 9), num_loops=1, output_hidden_states=True).hidden_states) == 1 + 2
+    model.config.output_hidden_states = [-1]
+    with pytest.raises(ValueError, match=refused):
+        model(random_ids(2, 9), num_loops=1)
 
 
 def test_hidden_states_of_generated_tokens():
@@ -216,14 +231,16 @@ def test_attentions_of_later_loops_are_the_gated_mixture(w):
         model(ids[:, :25], past_key_values=cache)
         chunk = model(ids[:, 25:], past_key_values=cache, output_attentions=True).attentions[1]
     torch.testing.assert_close(chunk, whole[:, :, 25:], atol=1e-10, rtol=0)
-    if w < 40:
-        gate = model.model.layers[0].self_attn.plt_gate
-        with torch.no_grad():
-            gate.weight.zero_()
-            gate.bias.fill_(-1e9)
-            local = model(ids, output_attentions=True).attentions[1][0, 0]
-        seen = (local > 0).sum(-1).tolist()
-        assert seen == [min(t + 1, w + 1) for t in range(40)]
+    gate = model.model.layers[0].self_attn.plt_gate
+    maps = []
+    with torch.no_grad():
+        gate.weight.zero_()
+        for bias in (-1e9, 1e9, 0.5):
+            gate.bias.fill_(bias)
+            maps.append(model(ids, output_attentions=True).attentions[1])
+    local, whole, mixed = maps
+    assert (local[0, 0] > 0).sum(-1).tolist() == [min(t + 1, w + 1) for t in range(40)]
+    torch.testing.assert_close(mixed, torch.lerp(local, whole, torch.tensor(0.5).sigmoid().double()))
 
 
 def test_continuous_batching_is_refused():

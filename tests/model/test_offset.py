@@ -63,6 +63,15 @@ def test_left_padded_batches(s, cache):
         assert tokens[20:].tolist() == recomputed(model, row[None])[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("s", [1, 2])
+def test_a_text_that_begins_in_a_step_reads_no_padding(s):
+    model = tiny_model(plt_num_loops=3, plt_offset=s)
+    rows = [random_ids(2, seed=1), random_ids(6)]
+    ids, mask = left_padded(rows)
+    for row, logits in zip(rows, in_pieces(model, ids, [4, 1, 1], attention_mask=mask)):
+        torch.testing.assert_close(logits[-len(row) :], reference(model, row), **EXACT)
+
+
 @pytest.mark.parametrize("s", [0, 2])
 def test_packed_documents(s):
     model = tiny_model(plt_num_loops=3, plt_offset=s)

@@ -1,6 +1,7 @@
 """PEFT's methods as on Llama: default targets, prompts, and prefixes, which loop 1 holds and every loop reads."""
 
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from parloop import make_cache, registration
 from parloop.model import reference
 from parloop.model.cache import PrefixCache
+from parloop.model.cache_argument import CACHE
 from tests.helpers.models import random_ids, tiny_model
 
 METHODS = {
@@ -53,7 +55,18 @@ def test_every_method_has_the_defaults_of_llama():
         assert table["iquestpltcoder"] == table["llama"], name
 
 
-@pytest.mark.parametrize("method", METHODS)
+# PEFT 0.21 reads and passes the cache of learnt prompts as past_key_values. From transformers 5.24 on, generate() calls it cache, and
+# what PEFT generates, of stock Llama too, is not what the prompts were trained for. That transformers asks for PEFT 0.22.
+WRONG_IN_PEFT = pytest.mark.xfail(
+    CACHE == "cache" and tuple(map(int, version("peft").split(".")[:2])) < (0, 22),
+    reason="PEFT before 0.22 loses learnt prompts in generate() of transformers 5.24",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=WRONG_IN_PEFT if "num_virtual_tokens" in METHODS[name] else ()) for name in METHODS]
+)
 def test_methods_train_and_generate(method, tmp_path):
     """As they are documented, without naming a layer: gradients arrive, steps of the cache are the whole text, and what is saved
     is what is loaded."""

@@ -131,10 +131,14 @@ def test_reentrant_checkpointing_of_loops_in_distributed_data_parallel_is_refuse
 
 
 def test_loops_are_not_recomputed_where_nothing_is_learnt():
-    model = tiny_model(plt_num_loops=2)
+    model, visits = tiny_model(plt_num_loops=2), []
+    model.model.layers[0].register_forward_hook(lambda *_: visits.append(1))
     expected = model(random_ids(1, 9)).logits
     model.model.checkpoint_loops = True
     assert torch.equal(model(random_ids(1, 9)).logits, expected)
+    visits.clear()
+    model(random_ids(1, 9), use_cache=False).logits.sum().backward()
+    assert len(visits) == 2
     model.generate(random_ids(1, 9), max_new_tokens=3)
 
 

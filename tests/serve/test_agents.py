@@ -1,4 +1,4 @@
-"""What agents need of the server: tool calls and reasoning told apart from text, whole and streamed, conversations that go on with
+"""The server for agents: tool calls and reasoning separated from text, whole and streamed, conversations that continue with
 what tools answered, and stop strings.
 
 The chat template has the form that Qwen's models and their relatives are released with: roles in <|im_start|>, calls as JSON in
@@ -237,7 +237,7 @@ def test_an_agents_second_turn(served):
 
 @pytest.mark.parametrize("value", ["1", "  x = 1\n  y = 2", "a </param b"])
 def test_calls_in_xml(value):
-    """As Qwen's coders write them, where the chat template shows them so. Line breaks around a value are not part of it."""
+    """In the form of Qwen's coders, if the chat template shows it. Line breaks around a value are not part of it."""
     text = f"<think>\nhm\n</think>\n\nI add.\n<tool_call>\n<function=add>\n<parameter=n>\n7\n</parameter>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call><|im_end|>"
     tools = [
         {"function": {"name": "add", "parameters": {"properties": {"n": {"type": "integer"}, "a": {"type": "string"}}}}}
@@ -256,7 +256,7 @@ def test_calls_in_xml(value):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_messages_that_a_template_cannot_take(served, stream):
-    """Here: a call without a name, which the template would put between two texts."""
+    """A call without a name, which the template would put between two texts."""
     nameless = {"role": "assistant", "tool_calls": [{"function": {"name": None, "arguments": "{}"}}]}
     with pytest.raises(openai.BadRequestError):
         served.client.chat.completions.create(model="coder", messages=[*HELLO, nameless], stream=stream)

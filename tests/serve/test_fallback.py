@@ -120,12 +120,12 @@ def generated(made, prompt: str, loops: int, tokens: int = 12) -> str:
 
 
 def said(text: str) -> dict:
-    """Of a chat request after HELLO."""
+    """Return a chat request with this message after HELLO."""
     return {"extra_body": {"generation_config": script("user:hello\nassistant:", text)}}
 
 
 def streamed(stream) -> tuple[str, list, list]:
-    """What a chat's stream says, its tool calls, and why it ended."""
+    """Return the text of a chat's stream, its tool calls, and the reasons why it ended."""
     choices = [piece.choices[0] for piece in stream]
     text = "".join(choice.delta.content or "" for choice in choices)
     calls = [call for choice in choices for call in choice.delta.tool_calls or []]
@@ -207,7 +207,7 @@ def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(chatty)
 
 
 async def written(text: str, ends=(), stop=(), parser=None) -> list[dict]:
-    """What a writer makes of a text that comes in parts."""
+    """Return the pieces that a writer makes of a text that arrives in parts."""
     writer = Writer(byte_tokenizer(), list(stop), parser)
     writer.put(torch.tensor([[5, 6, 7]]))  # the prompt
     with contextlib.suppress(Ended):
@@ -227,7 +227,7 @@ def test_answers_are_cut_the_same_however_they_come(stop, kept):
 
 
 def test_half_a_character_is_not_lost():
-    """As generate() leaves it where the limit falls into one."""
+    """generate() leaves one if the limit falls inside it."""
     tokens = byte_tokenizer()("aé").input_ids[:-1]
 
     async def said():
@@ -292,7 +292,7 @@ def test_templates_that_show_neither_calls_nor_reasoning_leave_answers_as_they_a
 
 def test_a_template_without_tools_refuses_them(stub):
     stub.tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         stub.client.chat.completions.create(model="stub", messages=HELLO, tools=ADD)
 
 
@@ -620,13 +620,13 @@ def test_bodies_that_are_not_json_objects(chatty, body):
         (["--tool-call-parser", "hermes"], "--tool-call-parser hermes: no such option.* found by the chat template"),
         (["--quantization", "gguf"], "--quantization.*bnb-4bit"),
         (["--port", "x"], "--port.*int"),
-        (["--port", "99999"], "port=99999 cannot be listened at"),
+        (["--port", "99999"], "port=99999 is not available"),
         (["--chat-template-kwargs", "[]"], "--chat-template-kwargs: \\[\\] must be a JSON object"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: { must be a JSON object"),
         (["--dtype", "int8"], "dtype='int8' is unknown"),
-        (["--device", "cuda:99"], "device='cuda:99' is not there"),
-        (["--host", "no.such.host.invalid"], "no.such.host.invalid.* cannot be listened at"),
-        (["--host", "a" * 70], "cannot be listened at"),
+        (["--device", "cuda:99"], "device='cuda:99' is not available"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid.* is not available"),
+        (["--host", "a" * 70], "is not available"),
         (["--chat-template-kwargs", "[" * 100_000], "must be a JSON object"),
     ],
 )

@@ -93,8 +93,8 @@ def test_the_parsers_that_agents_need_are_vllms(checkpoint, started):
         (None, "auto", ["--port", "70000"], "--port '70000' must be a number from 1 to 65535"),
         (None, "transformers", ["--port=70000"], "--port '70000' must be a number from 1 to 65535"),
         (None, "auto", ["--port"], "--port '' must be a number"),
-        (None, "transformers", ["--host", "\udcff"], "cannot be listened at"),
-        (None, "transformers", ["--host", "a" * 300 + ".b"], "cannot be listened at"),
+        (None, "transformers", ["--host", "\udcff"], "is not available"),
+        (None, "transformers", ["--host", "a" * 300 + ".b"], "is not available"),
         (None, "sglang", [], "auto, vllm, mlx, transformers"),
         (None, "transformers", ["--hf-overrides", '{"vocab_size": 1}'], "loop count only"),
     ],
@@ -166,7 +166,7 @@ def test_mlx_asked_for_and_not_there(checkpoint):
 
 
 def test_with_an_older_transformers_only_what_vllm_needs(tmp_path):
-    """As in vLLM's environment, whose transformers is older: the configuration, and errors that say what to do."""
+    """In vLLM's environment transformers is older: the configuration works, and other imports give errors that say what to do."""
     code = (
         "import importlib.metadata as metadata; real = metadata.version\n"
         "metadata.version = lambda name: '5.19.0' if name == 'transformers' else real(name)\n"

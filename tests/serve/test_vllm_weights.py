@@ -1,4 +1,4 @@
-"""What vLLM is handed of a checkpoint, without vLLM: every weight, and no other."""
+"""The weights that vLLM receives, tested without vLLM: every weight of a checkpoint, and no other."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_what_has_another_shape(name, rows):
 
 def test_what_is_left_over():
     state = tiny_model(num_hidden_layers=3).state_dict()
-    with pytest.raises(ValueError, match=r"the files hold model.layers.2.* no place for"):
+    with pytest.raises(ValueError, match=r"the files hold model.layers.2.* does not have"):
         list(checked(state.items(), tiny_config()))
 
 

@@ -165,7 +165,7 @@ def test_impossible_settings(recipe, tmp_path, change, message):
 
 
 class Links(HTMLParser):
-    """What a page would fetch."""
+    """Return the addresses that a page would fetch."""
 
     def __init__(self):
         super().__init__()
@@ -400,7 +400,7 @@ def test_a_readme_that_was_edited_is_not_written_over(recipe, study, monkeypatch
 def test_starting_over_deletes_nothing_of_others(recipe, study, tmp_path):
     shutil.copytree(study[0], tmp_path / "study")
     (tmp_path / "study" / "r1-seed0" / ".git").mkdir()
-    with pytest.raises(OutputError, match=r"r1-seed0' holds other things than a run \(.git\), so it is not deleted"):
+    with pytest.raises(OutputError, match=r"r1-seed0' holds more than a run \(.git\), so it is not deleted"):
         run_study(recipe, tmp_path / "study", loops=[1], console=QUIET, fresh=True)
     assert (tmp_path / "study" / "r1-seed0" / "model.safetensors").exists()
 

@@ -18,7 +18,9 @@ from parloop.study.figures import answers_by_group
 from parloop.study.summary import verdict
 from parloop.study.task import Answers, answers_of, solved_up_to
 from parloop.train import Recipe
+from parloop.train.result import TrainingResult
 from parloop.train.task_accuracy import task_accuracy
+from parloop.train.training import train
 
 QUIET = Console(quiet=True)
 TINY = {
@@ -37,7 +39,7 @@ def study(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     controls = ["deep", "compute"]
     result = run_study(
-        recipe, folder, loops=[1, 2], controls=controls, seeds=2, console=QUIET, command="parloop study task:hops"
+        recipe, folder, loops=[1, 2], controls=controls, seeds=2, console=QUIET, command="parloop study task:hops", jobs=2
     )
     return folder, result
 
@@ -64,6 +66,15 @@ def test_every_arm_has_its_accuracy_by_group(study):
         assert row.next_token_accuracy == pytest.approx(np.mean([g.correct.value for g in row.answers]))
     assert result.documents == 256
     assert result.document_bytes == 256 * 4 * 6
+
+
+def test_runs_side_by_side_are_what_each_is_alone(study, tmp_path):
+    folder, result = study
+    for name in ("r1-seed1", "r2-seed0"):
+        alone = train(Recipe.load(folder / name / "recipe.yaml"), tmp_path / name, console=QUIET)
+        assert alone.loss_curve == TrainingResult.load(folder / name).loss_curve
+    curves = {run: curve for row in result.rows for run, curve in zip(row.runs, row.loss_curves)}
+    assert curves["r2-seed0"] == [list(point) for point in alone.loss_curve]
 
 
 def test_controls_spend_otherwise_what_loops_cost(study):

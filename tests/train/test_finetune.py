@@ -167,7 +167,7 @@ def test_without_packing(made, tmp_path):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_conversations_of_which_none_is_held_out(made, tmp_path, packing):
-    """As may be with few of them."""
+    """This happens with few conversations."""
     write(tmp_path / "few.jsonl", conversations(4))
     few = {"chat": str(tmp_path / "few.jsonl"), "validation_share": 1e-9, "batch_size": 1, "epochs": 1.0}
     result = train(recipe_of(made, packing=packing, **few), tmp_path / "run", console=QUIET)

@@ -119,6 +119,6 @@ def test_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     shown = capsys.readouterr().out
-    for text in ("0.7M parameters", "MFLOPs", "hours on", "MB on every GPU"):
+    for text in ("0.7M parameters", "MFLOPs", "hours on", "MB on each GPU"):
         assert text in shown
     assert torch.get_default_device().type == "cpu"

@@ -124,7 +124,7 @@ def test_python_and_the_command_line_do_the_same(recipe, tmp_path, monkeypatch, 
         main()  # finished already
     assert capsys.readouterr().out == result.format(400)
     assert "model: runs/train/mine-r1-2\nnext:  parloop generate runs/train/mine-r1-2 'def '" in result.format(400)
-    with pytest.raises(RecipeError, match="a recipe that has no name needs an output folder"):
+    with pytest.raises(RecipeError, match="a recipe object needs an output folder"):
         train(recipe, console=QUIET)
 
 
@@ -286,7 +286,7 @@ def test_fresh_deletes_runs_and_nothing_else(recipe, corpus, tmp_path):
     train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert not (tmp_path / "run" / "checkpoint-99").exists()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"other things than a run \(notes.txt\), so it is not deleted: move them away"):
+    with pytest.raises(OutputError, match=r"holds more than a run \(notes.txt\), so it is not deleted: move these away"):
         train(short, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / "training.json").exists()
 
@@ -649,7 +649,7 @@ def test_what_is_recomputed_is_run_twice(recipe, corpus, tmp_path, monkeypatch, 
 
 
 def test_what_can_be_changed(recipe, corpus, finished, tmp_path):
-    """Of a run that has begun, what does not change the result; of one that has not, everything."""
+    """In a run that has begun, settings that do not change the result; before that, all settings."""
 
     def stop_at(number):
         def stop(step, loss):
@@ -719,7 +719,7 @@ def test_fresh_deletes_nothing_of_others(recipe, finished, corpus, tmp_path, nam
     (tmp_path / "run" / name / "mine").write_text("mine")
     with pytest.raises(
         OutputError,
-        match=rf"holds other things than a run \({name}(, changed since)?\), so it is not deleted: move them away",
+        match=rf"holds more than a run \({name}(, changed since)?\), so it is not deleted: move these away",
     ):
         train(recipe, tmp_path / "run", corpus=corpus, console=QUIET, fresh=True)
     assert (tmp_path / "run" / name / "mine").exists()
@@ -835,7 +835,9 @@ def test_a_disk_that_refuses_is_said_in_a_sentence(recipe, corpus, tmp_path, lim
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot be written \(.*\): choose another --output, or see to it"):
+        with pytest.raises(
+            OutputError, match=r"cannot be written \(.*\): choose another --output, or make this one writable"
+        ):
             train(recipe, tmp_path / "run", corpus=corpus, console=QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -872,7 +874,7 @@ def test_a_source_that_is_not_there_names_the_recipe(tmp_path, monkeypatch, caps
 
 
 def test_branch_scaling_is_a_factor_at_every_branch(recipe, corpus, tmp_path, monkeypatch):
-    """Against a model that multiplies what it adds to the stream, trained as ever: same losses, and no factor is left in the model."""
+    """Compare with a model that multiplies its additions to the stream, trained as usual: same losses, and no factor is left in the model."""
     settings = {"loops": 2, "tokens": 8 * 4 * 32, "max_grad_norm": 1e9}  # clipping goes by the gradients, which differ
     ours = train(changed(recipe, branch_scaling="loops", **settings), tmp_path / "ours", corpus=corpus, console=QUIET)
 

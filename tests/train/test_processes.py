@@ -227,7 +227,7 @@ def test_killed_and_continued_by_one_by_two_and_by_one(place, tmp_path):
     assert model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
     with pytest.raises(OutputError, match="exists and is not empty"):
         export(last, tmp_path / "exported")
-    with pytest.raises(CheckpointError, match="is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         export(run, tmp_path / "other")
 
     done = subprocess.run([*alone, *command, str(run)], env=environment, capture_output=True, text=True, timeout=120)

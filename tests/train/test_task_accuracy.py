@@ -1,4 +1,4 @@
-"""How often a model answers a task rightly: one outcome for each instance and group, the same in batches as alone."""
+"""The share of right answers to a task: one outcome per instance and group, the same in batches as alone."""
 
 import numpy as np
 import pytest

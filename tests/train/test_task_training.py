@@ -96,7 +96,7 @@ def test_seeds_train_on_other_documents(tmp_path):
         (
             {"source": "stdlib", "mixture": [{"source": "task:parity", "weight": 1}], "data_streams": 4},
             RecipeError,
-            "'task:parity' is a task, which is no part of a mixture",
+            "'task:parity' is a task, which cannot be part of a mixture",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_diagnosis_measures_the_answers_of_held_out_documents(finished):
     folder, _ = finished
     record = diagnose_checkpoint(folder, samples=6, length=17, batch_size=3, console=QUIET)
     assert record.settings["data"] == "task:parity,length=16"
-    assert record.settings["trained_on_this_text"].startswith("no: held-out documents")
+    assert record.settings["trained_on_this_text"].startswith("no: no training on a task uses its held-out documents")
     task, model = task_of("task:parity,length=16"), AutoModelForCausalLM.from_pretrained(folder)
     encode = Encoder(task, task.tokenizer())
     expected = []

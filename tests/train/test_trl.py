@@ -113,7 +113,7 @@ def test_trainers_by_path_and_by_object(name, by, adapters, base, tmp_path):
 
 
 def test_a_reward_model_rewards_by_path(base, tmp_path):
-    """What RewardTrainer saves, GRPO loads."""
+    """GRPO loads the model that RewardTrainer saves."""
     trainer_of("Reward", base, tmp_path / "out", str(base), False).save_model(str(tmp_path / "reward"))
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", save_strategy="no", use_cpu=True,

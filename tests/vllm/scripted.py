@@ -1,4 +1,4 @@
-"""What test_agents.py has vLLM load: any model says what a request's `vllm_xargs` hold."""
+"""The plugin that test_agents.py loads into vLLM: any model writes the text in a request's `vllm_xargs`."""
 
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 

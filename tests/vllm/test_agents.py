@@ -1,4 +1,4 @@
-"""What agents need, from the server that `parloop serve` starts: tool calls and reasoning told apart from text, whole and streamed,
+"""The server of `parloop serve` for agents: tool calls and reasoning separated from text, whole and streamed,
 conversations that go on with what tools answered, and stop strings. tests/serve/test_agents.py is the same without vLLM.
 
 What the model says is scripted, see scripted.py.
@@ -186,7 +186,7 @@ def test_calls_without_valid_json(hermes):
 
 
 def test_without_tools(servers):
-    """What looks like a call is text; with qwen3_coder it is lost. Of tool_choice none the prompt does not know."""
+    """Text that looks like a call stays text; with qwen3_coder it is lost. The prompt does not depend on tool_choice none."""
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         for answer in ask(servers["hermes"], f"<think>\nhm\n</think>{CALL}", **options):
             assert answer == (CALL, "\nhm\n", [], "stop")
@@ -262,7 +262,7 @@ def test_a_conversation_with_what_tools_answered(hermes, checkpoint):
         {"role": "assistant", "content": "So 2.", "reasoning": "so", "tool_calls": None, "function_call": None},
         {"role": "user", "content": "sure?"},
     ]  # fmt: skip
-    empty = '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'  # what is no JSON becomes this, too
+    empty = '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'  # text that is not JSON becomes this, too
     expected = f"""<|im_start|>user
 hello<|im_end|>
 <|im_start|>assistant

@@ -83,7 +83,7 @@ def test_a_checkpoint_without_gates_at_two_loops(tmp_path):
         ("layers.1.mlp.up_proj", {}, "the files lack model.layers.1.mlp.up_proj.weight"),  # half of a merged matrix
         ("lm_head", {}, "the files lack lm_head.weight"),
         ("nothing", {"intermediate_size": 160}, r"mlp.* has shape .*192.*, and not .*160"),  # vLLM would cut it off
-        ("nothing", {"num_hidden_layers": 1}, r"the files hold model.layers.1.* no place for"),
+        ("nothing", {"num_hidden_layers": 1}, r"the files hold model.layers.1.* does not have"),
         ("nothing", {"num_hidden_layers": 3}, r"the files lack model.layers.2.* and 11 more"),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_checkpoint_with_other_weights_is_refused(checkpoint, tmp_path, lacks,
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_weights_can_be_sent_later_one_by_one(checkpoint, load_format):
-    """As trainers do that sample with vLLM. (What its kernels repacked on a CPU cannot be; a norm can.)"""
+    """Trainers that sample with vLLM do this. (Weights that its kernels repacked on a CPU cannot be sent; a norm can.)"""
     with engine(checkpoint.folder, load_format=load_format) as llm:
         model, sent = model_of(llm), torch.full((128,), 2.0)
         assert model.load_weights([("model.norm.weight", sent)]) >= {"model.norm.weight"}
@@ -187,7 +187,7 @@ def test_lora(checkpoint, tmp_path):
 
 
 def mean_error(case, llm, lengths=(1, 40, 200)) -> float:
-    """Of log-probabilities, against the reference."""
+    """Return the mean error of log-probabilities against the reference."""
     errors = []
     for T in lengths:
         prompt = case.prompt(T)

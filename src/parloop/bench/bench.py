@@ -1,10 +1,10 @@
-"""The bench: prefill and decode of every loop count side by side, against a plain Llama and the memory's speed.
+"""The bench: prefill and decode of every loop count side by side, compared with a plain Llama and with the memory bandwidth.
 
     settings -> model (once) -> for every block, that is (phase, tokens, batch size): rounds of all variants -> results.json
 
-Machines are noisy, so variants are interleaved: every round runs each once, in rotating order, after a reading of the memory
-bandwidth; ratios are taken within a round, and reported are medians and quartiles over rounds. Finished blocks are kept: the
-same command continues after an interruption, and other lengths and batch sizes can be added to a folder.
+Machines are noisy, so variants are interleaved: every round measures the memory bandwidth and then runs each variant once, in rotating
+order. Ratios are taken within a round; results are medians and quartiles over rounds. Finished blocks are kept: the same command continues
+after an interruption, and further lengths and batch sizes can be added to a folder.
 """
 
 import json
@@ -54,23 +54,31 @@ def run_bench(
     command: str | None = None,
     **others: Any,
 ) -> BenchResult:
-    """Measure into a folder, or continue there, and draw the figure.
+    """Run a bench into a folder, or continue it there, and draw the figure.
 
     Args:
-        checkpoint, shape: one of the two, or neither for the shape 600m.
-        loops: R; 1 is always among them, since everything is compared with it.
-        contexts: tokens held when the timed decode steps begin; 0 leaves decoding out.
-        prefill_lengths: tokens; 0 leaves prefill out.
+        checkpoint: folder or Hub name of a PLT.
+        shape: name of a shape with random weights, if there is no checkpoint; default: 600m.
+        loops: loop counts R; 1 is always added, since the others are compared with it.
+        contexts: tokens in the cache when the timed decode steps begin; 0 leaves decoding out.
+        batch_sizes: sequences at a time.
+        prefill_lengths: tokens of the prompts; 0 leaves prefill out.
         weights: quantised weights to measure beside the plain ones: int8, int4, int8+head, int4+head.
-        others: steps, repeats, dtype, compile, static, read_bytes: see Settings.
+        device: auto, cpu or cuda.
+        threads: threads of torch; default: as set.
+        output: the folder. Default: runs/bench-NAME.
+        fresh: discard the folder's results and measure again.
+        console: where progress is printed; default: the standard output.
+        command: the command that results.json names; default: this process's own.
+        **others: steps, repeats, dtype, compile, static, read_bytes: see Settings.
 
     Returns:
         the result. results.json in the folder holds the same.
 
     Raises:
-        BenchError: impossible settings, too little memory, or a folder with another bench.
-        OutputError: the folder cannot be written, holds something else than a bench, or another command works in it.
-        CheckpointError: no PLT checkpoint, or no such device.
+        BenchError: the settings are impossible, the memory is too small, or the folder holds a bench with other settings.
+        OutputError: the folder cannot be written, holds something other than a bench, or another command works in it.
+        CheckpointError: the checkpoint is not a PLT, or there is no such device.
     """
     console = console or Console()
     if checkpoint is not None and shape is not None:
@@ -112,22 +120,23 @@ def _measure_into(
     if missing:
         result.commands.append(command or command_line())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="num_loops=")  # a random model is as bad at every loop count
+            warnings.filterwarnings("ignore", message="num_loops=")  # for times, the trained loop count does not matter
             measure_all(settings, config, missing, result, out, console)
     write_report(result, out)
     return result
 
 
 def default_folder(checkpoint: str | None, shape: str | None) -> Path:
+    """Return runs/bench-NAME, by the checkpoint's or the shape's name."""
     name = shape if checkpoint is None else Path(os.path.realpath(checkpoint)).name
     return Path("runs", f"bench-{name}")
 
 
 def earlier_results(folder: Path, settings: Settings) -> BenchResult | None:
-    """Return what the folder holds, if it can be continued.
+    """Return the results that the folder holds, or None.
 
     Raises:
-        BenchError: it is another bench's, or no bench's.
+        BenchError: they have other settings or come from another machine, or are not a bench's.
     """
     path = folder / BenchResult.FILE
     if not path.exists():
@@ -135,7 +144,9 @@ def earlier_results(folder: Path, settings: Settings) -> BenchResult | None:
     try:
         result = BenchResult.load(folder)
     except ValueError as error:
-        raise BenchError(f"{path} is no bench's ({error}): choose another --output, or --fresh to start over.") from error
+        raise BenchError(
+            f"{path} is not from a bench ({error}): choose another --output, or --fresh to start over."
+        ) from error
     before, now = (
         {**vars(of), **machine} for of, machine in ((result.settings, result.environment), (settings, environment()))
     )
@@ -148,7 +159,7 @@ def earlier_results(folder: Path, settings: Settings) -> BenchResult | None:
 
 
 def prepare(settings: Settings, config: PLTConfig, result: BenchResult, console: Console) -> dict[str, Any]:
-    """Return the models; what they are and how fast the machine reads memory goes into the result."""
+    """Return the models. The result gets their description and the memory bandwidth."""
     device = torch.device(settings.device)
     weights = sum(p.nbytes for p in on_meta(config, DTYPES[settings.dtype]).parameters())
     packed = sum(weights * int(name[3]) / 16 for name in settings.weights)
@@ -158,7 +169,7 @@ def prepare(settings: Settings, config: PLTConfig, result: BenchResult, console:
         models = build(settings.checkpoint, config, settings.dtype, device, settings.weights)
     result.model = describe(models["plt"], name)
     if not result.read_bandwidth:
-        with console.status("measuring at what rate this machine reads memory"):
+        with console.status("measuring how fast this machine reads memory"):
             result.read_bandwidth = read_bandwidth(settings.read_bytes, device)
     return models
 
@@ -205,9 +216,9 @@ def measure_block(
     bandwidths: dict[str, float],
     on_run: Callable[[float], None],
 ) -> BlockResult:
-    """Measure all rounds of one block; `on_run` is called after every run with the part of the block that it was."""
+    """Measure all rounds of one block. `on_run` is called after every run with its share of the block."""
     phase, tokens, batch_size = key
-    torch.compiler.reset()  # what was compiled for other lengths would make this one compile for any length
+    torch.compiler.reset()  # after code for other lengths, torch would compile this one for dynamic lengths
     loops, llama = list(settings.loops), "llama" in models
     decode = phase == "decode"
     packed = settings.weights
@@ -217,7 +228,7 @@ def measure_block(
     device = models["plt"].device
     part = 1 / len(variants) / (WARM_UP + settings.repeats)
     reads: list[float] = []
-    # Older versions of torch count all variants as one function, and give up compiling after eight.
+    # Older versions of torch count all variants as one function, and stop compiling after eight.
     with torch._dynamo.config.patch(recompile_limit=64):
         runs = interleaved(
             {variant: partial(block.measure, variant) for variant in variants}, settings.repeats, warm_up=WARM_UP, rotate=True,
@@ -244,7 +255,7 @@ def _row(
     batch_size: int,
     decode: bool,
 ) -> Row:
-    """Return one variant's numbers: medians and quartiles over rounds, of ratios that were taken within rounds."""
+    """Return one variant's numbers: medians and quartiles over rounds, of ratios taken within rounds."""
     seconds = {other: [run.seconds for run in made] for other, made in runs.items()}
     own = seconds[variant]
 
@@ -272,7 +283,7 @@ def _row(
 
 
 def describe(model: Any, name: str) -> dict[str, Any]:
-    """Return what a model is: name, parameters, bytes, attention and configuration."""
+    """Return a model's name, number of parameters, bytes, attention backend and configuration."""
     parameters = list(model.parameters())
     return {
         "name": name,

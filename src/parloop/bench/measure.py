@@ -1,7 +1,7 @@
-"""How it is measured: one decode or prefill block, its caches, the machine's read bandwidth, memory.
+"""Measurement of one decode or prefill block: times, caches, memory, and the machine's read bandwidth.
 
-Decode steps at a long context need a full cache, not a prefill: time does not depend on values. So a cache is filled with
-random keys and values, through the library's own `update`, and holds afterwards what a prefill and a step would leave
+Decode steps at a long context need a full cache, but no prefill, since their time does not depend on values. So a cache is filled with
+random keys and values, through the library's own `update`, and then has the same layout as after a prefill and a step
 (tests/test_bench.py compares the two). Every round of every variant starts from such a fresh cache of the same length.
 
 Axes: B sequences, S tokens, D hidden size, G key/value heads, K head size.
@@ -17,7 +17,8 @@ from torch.utils.benchmark import Timer, timer
 from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..model.cache import cache_bytes, carry_index, full_index, make_cache, window_index
+from ..model.cache import cache_bytes, carry_index, make_cache, window_index
+from ..model.cache_argument import CACHE
 from ..model.configuration import PLTConfig
 from ..timing import peak_bytes, reset_peak
 from .results import CacheReport
@@ -25,7 +26,7 @@ from .variants import PLAIN, Variant
 
 
 class Run(NamedTuple):
-    """Seconds of a prefill, or per decode step; most bytes of memory held; the cache afterwards."""
+    """Seconds of a prefill, or per decode step; peak bytes of memory; the cache afterwards."""
 
     seconds: float
     peak_bytes: int
@@ -37,9 +38,10 @@ class Block:
 
     Args:
         models: {"plt": .., "llama": ..}, see models.py.
-        tokens: of the prompt, or held when the timed decode steps begin.
-        steps: timed decode steps; 0 for a prefill.
-        static: static caches for all variants, not only for compiled ones.
+        tokens: tokens of the prompt, or in the cache when the timed decode steps begin.
+        batch_size: sequences at a time.
+        steps: number of timed decode steps; 0 for a prefill.
+        static: use static caches for all variants, not only for compiled ones.
     """
 
     def __init__(self, models: dict[str, Any], tokens: int, batch_size: int, steps: int, static: bool):
@@ -66,14 +68,14 @@ class Block:
 
     @torch.no_grad()
     def run(self, variant: Variant) -> tuple[float, Cache]:
-        """Seconds of the prefill, or per decode step; and the cache afterwards."""
+        """Return the seconds of the prefill, or per decode step, and the cache afterwards."""
         cache = self._empty_cache(variant)
         if not self.steps:
             start = timer()
             self._call(variant, self.ids, cache, 0)
             return timer() - start, cache
         fill_cache(cache, self.config, variant.loops, self.k, self.v, self.carry)
-        # Not timed: the first step finds the processor's caches full of the filling, and may compile.
+        # Not timed: the first step may compile, and finds the processor's caches full of the random values.
         self._call(variant, self.ids[:, :1], cache, self.tokens - 1)
         start = timer()
         for step in range(self.steps):
@@ -86,11 +88,11 @@ class Block:
         if not variant.llama:
             options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "exact_tail": variant.tail}
             options["output_loop_states"] = False
-        inputs = {"input_ids": ids, "past_key_values": cache, **options}
-        if cache.is_compileable:  # as generate() does it: masks are made before, and outside of what is compiled
+        inputs = {"input_ids": ids, CACHE: cache, **options}
+        if cache.is_compileable:  # as in generate(): masks are made before the compiled code
             positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape[0], -1).contiguous()
             inputs = model.prepare_inputs_for_generation(
-                ids, past_key_values=cache, position_ids=positions, use_cache=True, **options
+                ids, position_ids=positions, use_cache=True, **{CACHE: cache}, **options
             )
         self._callable(variant, model)(**inputs)
 
@@ -98,14 +100,15 @@ class Block:
         if not variant.compiled:
             return model
         if variant not in self.calls:
-            options = CompileConfig().to_dict()  # what generate() takes: CUDA graphs on a GPU
+            options = CompileConfig().to_dict()  # the options of generate(): CUDA graphs on a GPU
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-                options["isolate_recompiles"] = True  # or every step would also try what was compiled for other variants
+                options["isolate_recompiles"] = True  # otherwise every step also checks the code of other variants
             self.calls[variant] = torch.compile(model.__call__, **options)
         return self.calls[variant]
 
     def _empty_cache(self, variant: Variant) -> Cache:
-        """The cache that generate() would make. Static ones are kept over rounds: compiled code holds on to their addresses."""
+        """Return the cache that generate() would make. Static ones are kept over rounds, since compiled code keeps their
+        addresses."""
         length = self.tokens + self.steps
         llama = self.models["llama"].config if variant.llama else None
         if not (self.static or variant.compiled):
@@ -116,7 +119,7 @@ class Block:
             for (
                 is_llama,
                 _,
-            ), other in self.held.items():  # loop 1's keys and values once for all loop counts, to save memory
+            ), other in self.held.items():  # all loop counts share loop 1's keys and values, to save memory
                 if not is_llama and not llama:
                     cache.layers[: self.config.num_hidden_layers] = other.layers[: self.config.num_hidden_layers]
             self.held[key] = cache
@@ -125,18 +128,22 @@ class Block:
 
 
 def fill_cache(cache: Cache, config: PLTConfig, loops: int, k: torch.Tensor, v: torch.Tensor, carry: torch.Tensor) -> None:
-    """Put S tokens into an empty cache of `loops` loops (of a Llama, with loops = 1).
+    """Put S tokens into an empty cache of `loops` loops (1 for a Llama's).
 
     Args:
-        k, v: [B, G, S, K], the same values for every layer and loop.
-        carry: [B, D, 1].
+        cache: the cache to fill.
+        config: configuration of the model.
+        loops: its loop count.
+        k: keys [B, G, S, K], the same for every layer and loop.
+        v: values [B, G, S, K], likewise.
+        carry: the last token's state [B, D, 1].
     """
     for layer in range(config.num_hidden_layers):
-        cache.update(k.clone(), v.clone(), full_index(config, layer))  # copies: layers must not share memory to read
+        cache.update(k.clone(), v.clone(), layer)  # copies: layers must not share memory to read
     for loop in range(1, loops):
         for layer in range(config.num_hidden_layers if config.window_tokens else 0):
             index = window_index(config, loop, layer)
-            # The last token by itself: a window keeps a view of what it was given last, and would keep all S tokens alive.
+            # The last token separately: a window keeps a view of its last input, which would keep all S tokens alive.
             if k.shape[2] > 1:
                 cache.update(k[:, :, :-1], v[:, :, :-1], index)
             cache.update(k[:, :, -1:], v[:, :, -1:], index)
@@ -146,7 +153,8 @@ def fill_cache(cache: Cache, config: PLTConfig, loops: int, k: torch.Tensor, v: 
 def expected_cache_bytes(
     config: PLTConfig, loops: int, batch_size: int, tokens: int, itemsize: int, static: bool
 ) -> dict[str, int]:
-    """L full layers of S tokens, L (R - 1) windows of w tokens (static ones also have room for the new one), R - 1 vectors."""
+    """Compute a cache's bytes: L full layers of S tokens, L (R - 1) windows of w tokens (static ones hold one more), R -
+    1 carries."""
     token = 2 * batch_size * config.num_key_value_heads * config.head_dim * itemsize  # a key and a value, one layer
     window = min(config.window_tokens + 1 if static and config.window_tokens else config.window_tokens, tokens)
     return {
@@ -157,7 +165,7 @@ def expected_cache_bytes(
 
 
 def cache_report(block: Block, variant: Variant, cache: Cache) -> CacheReport:
-    """Return the bytes of a cache after a run: measured by part, by the formula, and the memory behind it (storages are not shared)."""
+    """Return the bytes of a cache after a run: measured by part, by the formula, and of the storages behind it."""
     itemsize, static = block.models["plt"].dtype.itemsize, cache.is_compileable
     tokens = block.tokens + block.steps
     measured = cache_bytes(cache)
@@ -170,7 +178,7 @@ def cache_report(block: Block, variant: Variant, cache: Cache) -> CacheReport:
 
 
 def _reads(buffer: torch.Tensor) -> dict[str, Callable]:
-    """Ways to read a float32 buffer of ones once. As bfloat16 it holds zeros and ones."""
+    """Return functions that read a float32 buffer of ones once. Viewed as bfloat16 it holds zeros and ones."""
     width = min(4096, buffer.numel() // 2)
     matrix, half = buffer.view(-1, width), buffer.view(torch.bfloat16).view(-1, width)
     row, half_row = buffer[None, :width].clone(), half[:1].clone()
@@ -184,14 +192,15 @@ def _reads(buffer: torch.Tensor) -> dict[str, Callable]:
 
 
 def read_bandwidth(size: int, device: torch.device, ways: list[str] | None = None) -> dict[str, float]:
-    """Bytes per second at which the machine reads memory it has not just read, for each way of reading.
+    """Measure the bytes per second at which the machine reads memory outside its caches, for each way of reading.
 
-    The buffer is written first (untouched pages are all the same page) and freed afterwards, so that it does not count as
-    memory of what is measured next.
+    The buffer is written first (untouched pages are all the same page) and freed afterwards, so that it does not count in the next
+    measurement of memory.
 
     Args:
-        size: bytes, a power of two of at least 2**15; should be several times the largest processor cache.
-        ways: default: all.
+        size: bytes of the buffer, a power of two of at least 2**15; it should be several times the largest processor cache.
+        device: device of the memory.
+        ways: names of the ways to read, as in `_reads`; default: all.
     """
     buffer = torch.ones(size // 4, device=device)
     reads = {name: read for name, read in _reads(buffer).items() if ways is None or name in ways}

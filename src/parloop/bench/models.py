@@ -1,7 +1,7 @@
-"""What is measured: a PLT of random weights or from a checkpoint, and a Llama of the same shape on the same weights.
+"""Models of a bench: a PLT with random weights or from a checkpoint, and a Llama of the same shape on the same weights.
 
-One copy of the weights serves every loop count: the model is built for the largest one, and each call says how many loops it
-wants. With one loop no gate is computed, so R = 1 pays for nothing that a plain transformer lacks.
+One copy of the weights serves every loop count: the model is built for the largest one, and each call passes its loop count. With one loop
+no gate is computed, so R = 1 has no cost that a plain transformer does not have.
 """
 
 import itertools
@@ -28,7 +28,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def config_of(checkpoint: str | None, shape: str | None, max_loops: int) -> PLTConfig:
-    """The configuration of a checkpoint, or of a shape with gates for `max_loops` loops."""
+    """Return the configuration of a checkpoint, or of a shape with gates for `max_loops` loops.
+
+    Raises:
+        BenchError: there is no such shape.
+    """
     if checkpoint is not None:
         return load_config(checkpoint)
     if shape not in SHAPES:
@@ -39,7 +43,7 @@ def config_of(checkpoint: str | None, shape: str | None, max_loops: int) -> PLTC
 def build(
     checkpoint: str | None, config: PLTConfig, dtype: str, device: torch.device, weights: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """{"plt": the model, "llama": its twin, "int4": ..}, in eval mode. A quantised checkpoint has no twins: its modules are not Llama's.
+    """Return {"plt": the model, "llama": its twin, "int4": ..}, in eval mode. A quantised checkpoint has no twins: its modules are not Llama's.
 
     Raises:
         BenchError: quantised weights of a quantised checkpoint.
@@ -58,16 +62,16 @@ def build(
 
 
 def on_meta(config: PLTConfig, dtype: torch.dtype) -> PLTForCausalLM:
-    """The model without memory behind it: names, shapes and sizes."""
+    """Return the model on the meta device: names, shapes and sizes without memory."""
     with torch.device("meta"):
         model: Any = PLTForCausalLM(config)
     return model.to(dtype)
 
 
 def random_model(config: PLTConfig, dtype: torch.dtype, device: torch.device) -> PLTForCausalLM:
-    """Random weights, drawn where they are used: never a copy in another dtype."""
+    """Return a model with random weights, drawn in their final dtype, so that no copy in another dtype exists."""
     model = on_meta(config, dtype).to_empty(device=device)
-    # Note: buffers that are not saved come back from the meta device as whatever lay in memory.
+    # Note: to_empty leaves arbitrary values in buffers, and this one is not filled by loading weights.
     model.model.rotary_emb = PLTRotaryEmbedding(config).to(device)  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -80,11 +84,12 @@ def random_model(config: PLTConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def llama_twin(model: PLTForCausalLM) -> Any:
-    """transformers' own Llama, or the family that has this model's options, on its weight tensors: no second copy."""
+    """Return transformers' own Llama, or the family with this model's options, on the same weight tensors, without a
+    copy."""
     config = dense_config(model.config)
     with torch.device("meta"):
         llama = AutoModelForCausalLM.from_config(config)
-    missing, _ = llama.load_state_dict(model.state_dict(), strict=False, assign=True)  # the gates are left over
+    missing, _ = llama.load_state_dict(model.state_dict(), strict=False, assign=True)  # the gates remain unused
     llama.model.rotary_emb = type(llama.model.rotary_emb)(config).to(model.device)
     llama.set_attn_implementation(model.config._attn_implementation)
     assert not missing, missing
@@ -93,7 +98,7 @@ def llama_twin(model: PLTForCausalLM) -> Any:
 
 
 def packed_twin(model: PLTForCausalLM, weights: str) -> PLTForCausalLM:
-    """The model with linear layers as `parloop quantize` makes them; everything else is the model's own tensors.
+    """Return the model with linear layers as `parloop quantize` makes them; everything else is the model's own tensors.
 
     Args:
         weights: int4 or int8, with +head where the head is quantised, too.
@@ -126,10 +131,10 @@ def packed_twin(model: PLTForCausalLM, weights: str) -> PLTForCausalLM:
 
 
 def bytes_read(model: Any, loops: int, batch_size: int, passes: int) -> int:
-    """Bytes of weights that one decode step reads: `passes` times the stack and once the head.
+    """Return the bytes of weights that one decode step reads: `passes` times the stack and once the head.
 
-    Of the embedding only the rows of the new tokens count. A tied head is the embedding, read once as a head. Gates belong to
-    loops 2..R: one pass over R > 1 rows reads them once, a pass per loop R - 1 times.
+    Of the embedding only the rows of the new tokens count. A tied head is the embedding, read once as a head. Gates belong to loops 2..R:
+    one pass over R > 1 rows reads them once, a pass per loop R - 1 times.
     """
     stack = sum(p.nbytes for p in model.model.layers.parameters())
     gates = sum(p.nbytes for name, p in model.model.layers.named_parameters() if "plt_gate" in name)
@@ -139,7 +144,7 @@ def bytes_read(model: Any, loops: int, batch_size: int, passes: int) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new tensor can have; None where the system does not say."""
+    """Return the bytes of memory that new tensors can use; None if the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -148,7 +153,7 @@ def available_bytes(device: torch.device) -> int | None:
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    try:  # a container may have less than the machine; its unused file cache can be had
+    try:  # a container may have less than the machine; its inactive file cache can be reclaimed
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="utf-8"))  # "max": no limit, not a number
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
@@ -159,8 +164,10 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(name: str, weights: int, work: int, dtype: str, device: torch.device) -> None:
-    """Raises:
-    BenchError: the weights and `work` bytes more do not fit.
+    """Check that the weights and `work` more bytes fit into memory.
+
+    Raises:
+        BenchError: they do not.
     """
     free = available_bytes(device)
     if free is not None and weights + work > free:

@@ -14,10 +14,10 @@ from .variants import PLAIN, Variant
 
 
 def write_report(result: BenchResult, folder: str | Path | OutputFolder) -> Path:
-    """Write results.json and bench.png. Returns the path of the figure.
+    """Write results.json and bench.png. Return the path of the figure.
 
     Raises:
-        OutputError: the folder holds something else than a bench, or cannot be written.
+        OutputError: the folder holds something other than a bench, or cannot be written.
     """
     with claimed(folder, BENCH) as out:
         out.write(result.FILE, result.to_json())
@@ -28,7 +28,7 @@ def write_report(result: BenchResult, folder: str | Path | OutputFolder) -> Path
 
 @styled()
 def draw(result: BenchResult) -> Figure:
-    """Time over that of one loop against the loop count, for every block; and decode time against the context."""
+    """Draw time over that of one loop against the loop count, for every block, and decode time against the context."""
     prefills = [block for block in result.blocks if block.phase == "prefill"]
     decodes = [block for block in result.blocks if block.phase == "decode"]
     drawn: list[tuple[Callable, list[BlockResult]]] = [
@@ -42,7 +42,7 @@ def draw(result: BenchResult) -> Figure:
 
 
 def _rows(block: BlockResult, way: Callable[[Variant], bool], compiled: bool = False) -> list[Row]:
-    """Return what ran in this way."""
+    """Return the rows whose variant `way` accepts."""
     return [row for row in block.rows if way(row.variant) and row.variant.compiled == compiled]
 
 
@@ -94,7 +94,7 @@ def _prefill_ratios(axes: Any, blocks: list[BlockResult]) -> None:
 
 
 def _decode_times(axes: Any, blocks: list[BlockResult]) -> None:
-    """Draw those of the smallest batch."""
+    """Draw the decode times of the smallest batch."""
     batch = min(block.batch_size for block in blocks)
     blocks = sorted((block for block in blocks if block.batch_size == batch), key=lambda block: block.tokens)
     plain = (row for row in blocks[0].rows if row.variant.weights == PLAIN)

@@ -1,4 +1,4 @@
-"""What a bench returns, and how it is shown on a terminal."""
+"""The result of a bench, and its tables on a terminal."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,11 @@ class CacheReport:
     """Bytes of a cache after a run.
 
     Attributes:
-        bytes: keys, values and carried states of all sequences.
+        bytes: bytes of keys, values and carries of all sequences.
         parts: the same by kind: full, window, carry.
-        formula: what each kind should be; over_formula: bytes over their sum.
-        storage_bytes: the memory behind them.
+        formula: expected bytes of each kind.
+        over_formula: bytes over the sum of the expected ones.
+        storage_bytes: bytes of the storages behind the tensors.
     """
 
     bytes: int
@@ -33,17 +34,18 @@ class Row:
     """One variant in one block.
 
     Attributes:
-        label: what tables call it.
+        label: its name in tables.
         variant: the model, the loop count and the way to run it.
-        kind: that way in words.
+        kind: the way to run it, in words.
         ms: milliseconds of the prefill, or per decode step, over rounds.
-        ms_rounds: of every round.
-        over_one_loop, over_llama: ratios within rounds to R = 1, and to the Llama.
-        weight_bytes: of weights that a decode step reads; None for a prefill.
-        weight_bytes_per_second: those, over its time.
-        bandwidth_share: that, over the rate at which memory is read.
-        cache: after a run.
-        peak_bytes: most memory held in a run.
+        ms_rounds: milliseconds of every round.
+        over_one_loop: ratio to R = 1, taken within rounds.
+        over_llama: ratio to the Llama, taken within rounds.
+        weight_bytes: bytes of weights that a decode step reads; None for a prefill.
+        weight_bytes_per_second: these bytes over the step's time.
+        bandwidth_share: this rate over the machine's read bandwidth.
+        cache: the cache after a run.
+        peak_bytes: peak memory of a run.
         over_plain: of quantised weights, ratios within rounds to the same line with plain ones.
     """
 
@@ -68,12 +70,12 @@ class BlockResult:
 
     Attributes:
         phase: prefill or decode.
-        tokens: of the prompt, or held when the timed decode steps begin.
+        tokens: tokens of the prompt, or in the cache when the timed decode steps begin.
         context_range: first and last context of the timed decode steps; None for a prefill.
         batch_size: sequences at a time.
-        read_bytes_per_second: of memory, read before every round.
+        read_bytes_per_second: read bandwidth of the memory, measured before every round.
         peak_is_of: whose memory `peak_bytes` is: the variant, or the process so far.
-        rows: one for each variant.
+        rows: one per variant.
     """
 
     phase: str
@@ -86,6 +88,7 @@ class BlockResult:
 
     @property
     def key(self) -> tuple[str, int, int]:
+        """Phase, tokens and batch size."""
         return self.phase, self.tokens, self.batch_size
 
 
@@ -104,14 +107,14 @@ class BenchResult(Result):
     """Prefill and decode at every loop count, side by side.
 
     Attributes:
-        settings: what is the same for all blocks.
+        settings: settings that all blocks share.
         environment: machine and versions.
-        commands: those that made it.
+        commands: the commands that made it.
         model: name, parameters, bytes, attention and configuration.
         read_bandwidth: way of reading memory -> bytes per second.
         blocks: ordered by phase, batch size and length.
         skipped: blocks that the last command left out.
-        folder: where the files are.
+        folder: folder of the files.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -126,16 +129,17 @@ class BenchResult(Result):
     folder: Path | None = not_kept(default=None)
 
     def add(self, block: BlockResult) -> None:
-        """Add a block in its place."""
+        """Insert a block, keeping the order of blocks."""
         self.blocks = sorted([*self.blocks, block], key=lambda one: (one.phase, one.batch_size, one.tokens))
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the result."""
         from rich.text import Text
 
         return [*(_table(block) for block in self.blocks), Text(self.legend() + "\n")]
 
     def legend(self) -> str:
-        """Return what the lines and columns of the tables are."""
+        """Return explanations of the tables' lines and columns."""
         variants = [row.variant for block in self.blocks for row in block.rows]
         packed = any(v.weights != PLAIN for v in variants)
         decode = any(block.phase == "decode" for block in self.blocks)
@@ -144,7 +148,7 @@ class BenchResult(Result):
         lines = {
             "R = n": (True, "n loops in one pass over the weights. One copy of the weights serves all lines."),
             "pass per loop": (any(not v.one_pass for v in variants), "the scheme of the vendor's server, not their code."),
-            "whole prompt": (any(not v.tail for v in variants), "all loops on all of it, as without the exact tail."),
+            "whole prompt": (any(not v.tail for v in variants), "all loops on the whole prompt, as without the exact tail."),
             "Llama": (
                 any(v.llama for v in variants),
                 "transformers' LlamaForCausalLM of the same shape on the same weights.",
@@ -160,9 +164,9 @@ class BenchResult(Result):
             "tokens": (True, f"of the prompt; for decode those cached when {steps} timed steps begin (random values)."),
             "ms, over": (True, f"medians over {repeats} rounds, each running every line once; ratios taken within rounds."),
             "weights GB/s": (decode, "bytes of weights that a step reads, over its time."),
-            "of read": (decode, f"that, over the rate at which memory is read ({fastest})."),
-            "cache MB": (not packed, "keys, values and carried states after the run, all sequences of the batch."),
-            "peak GB": (not packed, "most memory held in a run: on a CPU by the process, on a GPU by torch's allocator."),
+            "of read": (decode, f"this rate over the machine's read bandwidth ({fastest})."),
+            "cache MB": (not packed, "keys, values and carries after the run, all sequences of the batch."),
+            "peak GB": (not packed, "peak memory of a run: on a CPU of the process, on a GPU of torch's allocator."),
         }
         return "\n".join(f"{name + ':':15}{text}" for name, (shown, text) in lines.items() if shown)
 
@@ -202,7 +206,7 @@ def _table(block: BlockResult) -> Any:
 
 
 def _digits(value: float) -> str:
-    """Return three significant digits, or all of the integer part."""
+    """Format with three significant digits, or all digits of the integer part."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

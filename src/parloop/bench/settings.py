@@ -1,4 +1,4 @@
-"""What a bench measures: its settings, its blocks, how long they take and whether they fit."""
+"""Settings of a bench, its blocks, their expected duration and memory."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ PREFILL_LENGTHS = (2048,)
 
 @dataclass(frozen=True)
 class Settings:
-    """What has to be the same for blocks to stand in one folder."""
+    """Settings that all blocks in a folder share."""
 
     checkpoint: str | None = None
     shape: str | None = None
@@ -32,6 +32,11 @@ class Settings:
     weights: tuple[str, ...] = ()  # quantised ones, beside those of `dtype`
 
     def check(self) -> None:
+        """Check the settings.
+
+        Raises:
+            BenchError: a value is out of its bounds.
+        """
         if self.loops[0] < 1:
             raise BenchError(f"--loops {self.loops[0]} must be at least 1: 1 is the plain transformer.")
         for name in ("steps", "repeats", "threads"):
@@ -51,7 +56,12 @@ class Settings:
 def plan(
     settings: Settings, config: PLTConfig, contexts: list[int] | None, batch_sizes: list[int], lengths: list[int] | None
 ) -> list[tuple[str, int, int]]:
-    """The blocks: (phase, tokens, batch size). Default lengths are cut to what the model was made for, others must fit."""
+    """Return the blocks, (phase, tokens, batch size). Default lengths are cut to the model's longest text; given lengths
+    must fit.
+
+    Raises:
+        BenchError: a length does not fit, or there is nothing to measure.
+    """
     limit = config.max_position_embeddings
     if min(batch_sizes) < 1:
         raise BenchError(f"--batch-sizes {min(batch_sizes)} must be at least 1.")
@@ -77,8 +87,8 @@ def plan(
 
 
 def work(settings: Settings, config: PLTConfig, weights: int, key: tuple[str, int, int]) -> float:
-    """How long a block takes, roughly and in any unit, for the progress bar: bytes to read, or what a processor computes in
-    the meantime (64 operations per byte)."""
+    """Estimate a block's duration for the progress bar, in arbitrary units: bytes to read, or computation at 64
+    operations per byte."""
     phase, tokens, batch_size = key
     if phase == "prefill":
         flops = [forward_flops_per_token(config, tokens, n) for n in (1, *settings.loops)]
@@ -92,7 +102,7 @@ def work(settings: Settings, config: PLTConfig, weights: int, key: tuple[str, in
 
 
 def too_large(settings: Settings, config: PLTConfig, key: tuple[str, int, int], device: torch.device) -> str | None:
-    """Why a block does not fit into memory, estimated; None if it does."""
+    """Return why a block does not fit into memory, by an estimate; None if it does."""
     phase, tokens, batch_size = key
     texts = tokens * batch_size
     caches: float = texts * cached_token_bytes(config, settings)
@@ -100,7 +110,7 @@ def too_large(settings: Settings, config: PLTConfig, key: tuple[str, int, int], 
     if phase == "prefill":  # after a prefill, windows still hold the whole prompt
         itemsize = DTYPES[settings.dtype].itemsize
         needed = caches * settings.loops[-1] + texts * itemsize * (4 * config.intermediate_size + 12 * config.hidden_size)
-    else:  # the filling, copies of a layer, and where attention cannot group heads, keys and values for every head
+    else:  # the random values, copies of a layer, and if attention cannot group heads, keys and values for every head
         groups = config.num_attention_heads // config.num_key_value_heads
         needed = caches * (2 if settings.static or settings.compile else 1) + layer * (5 + 2 * groups)
     needed += settings.read_bytes
@@ -111,5 +121,5 @@ def too_large(settings: Settings, config: PLTConfig, key: tuple[str, int, int], 
 
 
 def cached_token_bytes(config: PLTConfig, settings: Settings) -> int:
-    """Bytes of loop 1's keys and values of one token, all layers."""
+    """Return the bytes of loop 1's keys and values of one token, over all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * DTYPES[settings.dtype].itemsize

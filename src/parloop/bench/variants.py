@@ -22,6 +22,7 @@ class Variant:
 
     @property
     def label(self) -> str:
+        """Name of the variant in tables."""
         name = "Llama" if self.llama else f"R = {self.loops}"
         name += "" if self.weights == PLAIN else f", {self.weights}"
         name += "" if self.tail else ", whole prompt"
@@ -29,6 +30,7 @@ class Variant:
 
     @property
     def kind(self) -> str:
+        """The way to run the model, in words."""
         if self.llama:
             return "transformers' LlamaForCausalLM"
         if not self.tail:
@@ -37,6 +39,7 @@ class Variant:
 
 
 def decode_variants(loops: list[int], llama: bool, compiled: bool, weights: Sequence[str] = ()) -> list[Variant]:
+    """Return the variants of a decode block, each loop count also with a pass per loop."""
     ways = [False, True] if compiled else [False]
     variants = [Variant(1, llama=True, compiled=way) for way in ways if llama]
     variants += [Variant(n, compiled=way) for way in ways for n in loops]
@@ -45,6 +48,7 @@ def decode_variants(loops: list[int], llama: bool, compiled: bool, weights: Sequ
 
 
 def prefill_variants(loops: list[int], llama: bool, weights: Sequence[str] = ()) -> list[Variant]:
+    """Return the variants of a prefill block, each loop count also on the whole prompt."""
     variants = [Variant(1, llama=True)] * llama + [Variant(n) for n in loops]
     variants += [Variant(n, tail=False) for n in loops if n > 1]
     return variants + [Variant(n, weights=name) for name in weights for n in loops]

@@ -1,4 +1,4 @@
-"""One minute with any server: does it compute a PLT, and if not, which mechanism does it lack?"""
+"""Check in a minute whether a server computes a PLT, and if not, which mechanism it lacks."""
 
 from .check import Answer, Verdict, check, check_checkpoint, check_endpoint, write_probe
 

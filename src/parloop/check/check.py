@@ -1,9 +1,11 @@
-"""`parloop check`: greedy answers to prompts of a small checkpoint that we ship (probe/), compared with what the right model answers, and
-with what models answer that lack a mechanism or two. Which they are is recorded in probe/answers.json (made by tests/check/make_probe.py,
-from the equations), so checking needs no model here, and no torch.
+"""`parloop check`: compare a server's greedy answers with known ones.
 
-The probe has two loops, a window of 4 tokens, random gates and norms far from 1, and a token per character. Its prompts are those whose
-right answers are decided by wide margins: rounding to 16 bits does not change them, and every fault does.
+The server runs a small checkpoint that we ship (probe/). Its answers are compared with those of the right model, and with those of models
+that lack a mechanism or two. All are recorded in probe/answers.json (made by tests/check/make_probe.py, from the equations), so checking
+needs no model here, and no torch.
+
+The probe has two loops, a window of 4 tokens, random gates and norms far from 1, and one token per character. Its prompts were chosen for
+right answers with wide margins: rounding to 16 bits does not change them, and every fault does.
 """
 
 import json
@@ -22,35 +24,40 @@ from ..errors import PortCheckError
 
 PROBE = Path(__file__).with_name("probe")
 PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-ROUNDING = 0.1  # mean difference of log-probability that 16 bits explain: bfloat16 measures 0.02 on the probe
-NEAR = 0.6  # share of the tokens that a wrong model must explain to be named as the nearest
-SECONDS = 120  # for one answer
+ROUNDING = 0.1  # mean difference of log-probabilities that 16 bits can explain: bfloat16 gives 0.02 on the probe
+NEAR = 0.6  # share of the tokens that a faulty model must explain to be named as the nearest
+SECONDS = 120  # timeout of one answer
 
-# What each fault of probe/answers.json is to somebody who looks for it.
+# Description of each fault in probe/answers.json, for the author of an engine.
 MEANING = {
-    "one loop": "one loop only: the stack runs once, as a Llama's",
+    "one loop": "one loop only: the stack runs once, as in a Llama",
     "no shift": "no shift: loop 2 reads the state of the same token, not of the one before",
     "shift by two": "the shift is done twice: loop 2 reads the state of two tokens before",
     "window one short": "window off by one: w keys, where the token itself and the w before it are w + 1",
     "window one long": "window off by one: w + 2 keys, where the token itself and the w before it are w + 1",
     "no window": "no window: local attention reads all of its loop's keys",
-    "gate reads the normed input": "the gate reads the layer's normed input: it reads the input before the layer's own norm",
+    "gate reads the normed input": "the gate reads the layer's normed input: it should read the input before the layer's own norm",
     "gate without its norm": "the gate's own norm (gate_norm) is missing",
     "gates even": "no gate: local and global attention are blended evenly, as by weights of zero",
     "global only": "no gate, and no local attention: loop 2 reads loop 1's keys only",
     "local only": "no gate, and no global attention: loop 2 reads its own window only",
-    "gates exchanged": "the gate is turned round: g is the share of global attention, 1 - g of local",
-    "own keys": "global attention of loop 2 reads loop 2's keys and values: it reads loop 1's",
-    "norm at the end": "the final norm runs at the end only: it runs after every loop, before the shift",
+    "gates exchanged": "the gate is inverted: g should be the share of global attention, 1 - g of local",
+    "own keys": "global attention of loop 2 reads loop 2's keys and values: it should read loop 1's",
+    "norm at the end": "the final norm runs at the end only: it should run after every loop, before the shift",
     "no scales": "plt_emb_scale and plt_hidden_scale are left out",
-    "neighbouring pairs": "RoPE turns neighbouring pairs (0, 1), (2, 3), ..: it turns (i, i + head_dim / 2)",
+    "neighbouring pairs": "RoPE rotates neighbouring pairs (0, 1), (2, 3), ..: it should rotate (i, i + head_dim / 2)",
 }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: its text, a character per token; each token's log-probability if the server tells; how many tokens the server
-    made of the prompt, if it tells."""
+    """A greedy answer.
+
+    Attributes:
+        text: its text, one character per token.
+        logprobs: log-probability of each token, if the server reports it.
+        prompt_tokens: number of the prompt's tokens, if the server reports it.
+    """
 
     text: str
     logprobs: tuple[float, ...] | None = None
@@ -59,7 +66,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """right: nothing is missing. faults: names of MEANING, or "zero carry"; empty if the model is right, or wrong in an unknown way."""
+    """Result of a check.
+
+    Attributes:
+        right: whether the engine computes a PLT.
+        headline: the result in one line.
+        faults: names in MEANING, or "zero carry"; empty if the model is right, or wrong in an unknown way.
+        details: the evidence.
+    """
 
     right: bool
     headline: str
@@ -69,8 +83,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Fit:
-    """Score of expected answers against those that were found: tokens in common from the beginning of each, of all; and the mean and
-    largest difference of the log-probabilities of these."""
+    """Agreement of a server's answers with expected ones.
+
+    Attributes:
+        matched: number of tokens that agree, from each answer's beginning to the first difference.
+        asked: number of all tokens.
+        mean: mean difference of the log-probabilities of matched tokens, or None.
+        largest: largest of these differences, or None.
+    """
 
     matched: int
     asked: int
@@ -79,14 +99,17 @@ class Fit:
 
     @property
     def explains(self) -> bool:
+        """Whether the expected answers explain the server's."""
         return self.matched == self.asked and (self.mean or 0.0) <= ROUNDING
 
     @property
     def order(self) -> tuple[float, float]:
+        """Sort key: the best agreement first."""
         return -self.matched, self.mean or 0.0
 
     @property
     def said(self) -> str:
+        """The agreement in words."""
         tokens = f"{self.matched} of {self.asked} tokens"
         if self.largest is None:
             return f"{tokens}, by their text: the server gives no log-probabilities"
@@ -94,7 +117,12 @@ class Fit:
 
 
 def fit(found: Sequence[Answer], expected: Sequence[dict[str, Any]]) -> Fit:
-    """`expected`: {"text", "logprobs"} of each answer."""
+    """Compare a server's answers with expected ones.
+
+    Args:
+        found: the server's answers.
+        expected: {"text", "logprobs"} of each expected answer.
+    """
     matched, differences = 0, []
     for answer, record in zip(found, expected):
         pairs = zip(answer.text, record["text"])
@@ -108,10 +136,10 @@ def fit(found: Sequence[Answer], expected: Sequence[dict[str, Any]]) -> Fit:
 
 
 def check(complete: Callable[[str, int], Answer]) -> Verdict:
-    """Ask for greedy answers and say what they show.
+    """Ask for greedy answers, and judge by them whether the engine computes a PLT.
 
     Args:
-        complete: of a prompt and a number of tokens makes an answer, greedily.
+        complete: function of a prompt and a number of tokens that returns a greedy answer.
     """
     records = json.loads((PROBE / "answers.json").read_text(encoding="utf-8"))
     found = [complete(prompt, records["tokens"]) for prompt in records["prompts"]]
@@ -121,12 +149,14 @@ def check(complete: Callable[[str, int], Answer]) -> Verdict:
     if explaining := {faults: one for faults, one in fits.items() if one.explains}:
         best = min(explaining.values(), key=lambda one: one.order)
         alike = [faults for faults, one in explaining.items() if (one.mean or 0.0) - (best.mean or 0.0) < 0.01]
-        faults, *others = sorted(alike, key=len)  # what no answer can tell apart is said by its simplest name
+        faults, *others = sorted(alike, key=len)  # of faults that no answer distinguishes, the simplest is named
         others = [other for other in others if len(other) == len(faults)]
         return Verdict(
             False, _named(faults), faults, [f"explains {best.said}", *(f"or: {_named(other)}" for other in others)]
         )
-    before = fit(found, records["asked_before"])  # by an earlier check, of an engine that reuses prompts with a zero carry
+    before = fit(
+        found, records["asked_before"]
+    )  # after an earlier check, by an engine that reuses prompts with a zero carry
     if before.explains:
         headline = "prefix reuse with a zero carry: the last token of a prompt that was asked before reads zeros instead of its predecessor's state"
         return Verdict(False, headline, ("zero carry",), [f"explains {before.said}"])
@@ -134,22 +164,22 @@ def check(complete: Callable[[str, int], Answer]) -> Verdict:
 
 
 def _nearest(fits: dict[tuple[str, ...], Fit], found: Sequence[Answer], prompt_tokens: int) -> Verdict:
-    """Nothing known explains all answers: what explains most of them, if that stands out."""
+    """Name the fault that explains most answers, if it stands out, where no known one explains all."""
     details = [f"the right model would explain {fits[()].said}"]
     made = {answer.prompt_tokens for answer in found if answer.prompt_tokens is not None}
     if made - {prompt_tokens}:
         details.append(
-            f"of a prompt of {prompt_tokens} characters the server makes {max(made)} tokens: its tokenizer is not the probe's, or adds a "
-            f"token that begins the text"
+            f"the server turns a prompt of {prompt_tokens} characters into {max(made)} tokens: its tokenizer is not the probe's, or adds a "
+            f"token at the beginning"
         )
     faults, nearest = min(fits.items(), key=lambda item: item[1].order)
     second = max(one.matched for name, one in fits.items() if name != faults)
     if nearest.matched < NEAR * nearest.asked or nearest.matched == second:
         hint = (
-            "of weights in fewer than 8 bits nothing can be said: check with 16 or 32. Else compare names and layouts of weights, RoPE and "
+            "weights in fewer than 8 bits cannot be checked: use 16 or 32. Otherwise compare names and layouts of weights, RoPE and "
             "the tokenizer first; see docs/porting.md"
         )
-        return Verdict(False, "wrong, in none of the ways that are known here", (), [*details, hint])
+        return Verdict(False, "wrong, in none of the known ways", (), [*details, hint])
     if not faults:
         return Verdict(
             False,
@@ -165,12 +195,12 @@ def _named(faults: Sequence[str]) -> str:
 
 
 def _check_reuse(complete: Callable[[str, int], Answer], again: list[dict[str, Any]], fresh: Fit) -> Verdict:
-    """A long prompt, the same once more, and with its answer and more: engines that keep beginnings of prompts reuse them now."""
+    """Ask a long prompt, the same prompt again, and a continuation, so that engines with a prefix cache reuse it."""
     long, more = again
     for record, when in (
         (long, "a prompt of 129 tokens"),
         (long, "the same prompt once more"),
-        (more, "a conversation that goes on"),
+        (more, "a conversation that continues"),
     ):
         found = [complete(record["prompt"], len(record["right"]["text"]))]
         right = fit(found, [record["right"]])
@@ -192,7 +222,7 @@ def _check_reuse(complete: Callable[[str, int], Answer], again: list[dict[str, A
                 details,
             )
         return Verdict(
-            False, "what is reused of earlier prompts changes the answers, not as a zero carry would", (), details
+            False, "reuse of earlier prompts changes the answers, in another way than a zero carry would", (), details
         )
     return Verdict(True, "right: nothing is missing", (), [fresh.said, "the same where beginnings of prompts may be reused"])
 
@@ -201,21 +231,22 @@ def _check_reuse(complete: Callable[[str, int], Answer], again: list[dict[str, A
 
 
 class Endpoint:
-    """`/v1/completions` of an OpenAI server, whatever form of log-probabilities it knows."""
+    """`/v1/completions` of an OpenAI server, with any of the usual forms of log-probabilities."""
 
     FORMS: tuple[dict[str, Any], ...] = (
         {"logprobs": 1},
         {"logprobs": True},
         {},
-    )  # OpenAI's completions and vLLM; mlx-lm; servers that refuse the field
+    )  # for OpenAI's completions and vLLM; for mlx-lm; for servers that refuse the field
 
     def __init__(self, url: str, model: str):
         self.url, self.model, self.forms = url.rstrip("/"), model, list(self.FORMS)
 
     def complete(self, prompt: str, tokens: int) -> Answer:
-        """
+        """Return the server's greedy answer of `tokens` tokens to a prompt.
+
         Raises:
-            PortCheckError: the server does not answer, or with an error.
+            PortCheckError: the server does not answer, or answers with an error.
         """
         while True:
             request = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **self.forms[0]}
@@ -260,7 +291,8 @@ def check_endpoint(url: str, model: str) -> Verdict:
     """Check a server that runs the probe, see `write_probe`.
 
     Args:
-        url: with /v1. model: what the server calls the probe.
+        url: address of the server, with /v1.
+        model: the probe's name at the server.
 
     Raises:
         PortCheckError: it does not answer.
@@ -269,13 +301,16 @@ def check_endpoint(url: str, model: str) -> Verdict:
 
 
 def check_checkpoint(checkpoint: str | Path | None = None, engine: str = "auto", console: Console | None = None) -> Verdict:
-    """Check what `parloop serve` makes of the probe, or of a folder that the probe was converted to (quantised, exported, ..).
+    """Check `parloop serve` on the probe, or on a folder that was made from it (quantised, exported, ..).
 
     Args:
-        checkpoint: default: the probe itself. engine: as of `parloop serve`.
+        checkpoint: the folder; default: the probe itself.
+        engine: engine of `parloop serve`.
+        console: where progress is printed; default: the standard error.
 
     Raises:
-        PortCheckError: the folder is not made of the probe. EvaluationError: the server did not start.
+        PortCheckError: the folder was not made from the probe.
+        EvaluationError: the server did not start.
     """
     from ..evaluate.serving import serving
 
@@ -287,7 +322,7 @@ def check_checkpoint(checkpoint: str | Path | None = None, engine: str = "auto",
         raise PortCheckError(f"checkpoint {str(folder)!r} has no config.json that can be read ({error}).") from error
     if any(config.get(name) != ours[name] for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")):
         raise PortCheckError(
-            f"checkpoint {str(folder)!r} is not made of the probe, whose answers are known. Convert that one: parloop check --write FOLDER"
+            f"checkpoint {str(folder)!r} is not made from the probe, whose answers are known. Write and convert the probe: parloop check --write FOLDER"
         )
     with tempfile.TemporaryDirectory(prefix="parloop-check-") as scratch:
         log, options = Path(scratch, "server.log"), ["--engine", engine]
@@ -297,7 +332,7 @@ def check_checkpoint(checkpoint: str | Path | None = None, engine: str = "auto",
 
 
 def write_probe(folder: str | Path) -> Path:
-    """Copy the probe, in the released format, to be converted and served by the engine that is to be checked.
+    """Copy the probe, in the released format, so that the engine to check can convert and serve it. Return the folder.
 
     Raises:
         PortCheckError: the folder is not empty.

@@ -1,1 +1,1 @@
-"""One file for each verb of the command line: its options, and the function of parloop that does it. cli.py knows them by name."""
+"""One file for each verb of the command line: its options, and the call of parloop's function. cli.py lists them by name."""

@@ -26,7 +26,7 @@ def bench(
     output: Output | None = None,
     fresh: bool = False,
 ) -> None:
-    """Time prefill and decode at every loop count, side by side with a plain Llama and the memory's speed.
+    """Time prefill and decode at every loop count, side by side with a plain Llama and the memory bandwidth.
 
     Prints tables, and writes results.json and bench.png. Run it again to continue after an interruption.
 
@@ -53,19 +53,19 @@ def bench(
     repeats
         Rounds that count; one more warms up.
     dtype
-        Of weights and cache: bfloat16, float16 or float32.
+        Dtype of weights and cache: bfloat16, float16 or float32.
     device
         auto, cpu or cuda.
     static
-        Static caches, for all lines.
+        Use static caches for all lines.
     compile
         Add lines with a static cache and a compiled decode step.
     threads
-        Of torch. Default: as torch finds.
+        Threads of torch. Default: torch's own choice.
     output
         Folder of the bench. Default: runs/bench-NAME.
     fresh
-        Measure again what the folder holds.
+        Discard the folder's results and measure again.
     """
     from ..bench import run_bench
 

@@ -18,28 +18,28 @@ def check(
     engine: str = "auto",
     write: Output | None = None,
 ) -> None:
-    """Does an engine compute a PLT, and if not, which mechanism does it lack? A minute, with a small checkpoint that is shipped.
+    """Check in a minute whether an engine computes a PLT, and if not, which mechanism it lacks, with a small checkpoint that is shipped.
 
     Write that checkpoint: parloop check --write probe
 
-    Serve it with the engine, and: parloop check --endpoint http://127.0.0.1:8080/v1 --model probe
+    Serve it with the engine, and then: parloop check --endpoint http://127.0.0.1:8080/v1 --model probe
 
-    Without a server: parloop check (what parloop serve starts here), or parloop check FOLDER (what became of the checkpoint).
+    Without a server: parloop check (checks parloop serve), or parloop check FOLDER (checks a converted copy of the checkpoint).
 
-    Ends with 0 if the model is right, else with 1.
+    Ends with 0 if the model is right, otherwise with 1.
 
     Parameters
     ----------
     checkpoint
-        Folder that the small checkpoint was converted to. Default: itself. A server is started for it.
+        Folder that the small checkpoint was converted to. Default: the checkpoint itself. A server is started for it.
     endpoint
-        A server that runs it, with /v1. Completions, greedy; log-probabilities if the server has them.
+        A running server of it, with /v1. Completions, greedy; log-probabilities if the server has them.
     model
-        What that server calls it.
+        Its name at that server.
     engine
         Without --endpoint, which server to start: auto, vllm, mlx or transformers.
     write
-        Folder to make, with the small checkpoint. Nothing is checked then.
+        Folder to create, with the small checkpoint. Nothing is checked then.
     """
     from .. import check as ports
 

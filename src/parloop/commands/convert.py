@@ -20,10 +20,10 @@ def convert(
     data: str | None = None,
     samples: int = 8,
 ) -> None:
-    """Turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a PLT that computes the same, to train it on; or a PLT into a dense model.
+    """Turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a PLT that computes the same, to train it further; or a PLT into a dense model.
 
     Every loop of the new PLT gives the source's logits, or nearly (see --start), until it is trained. Tensors, tokenizer, chat template
-    and generation settings are copied. What the source computes and a PLT cannot is refused.
+    and generation settings are copied. A source that a PLT cannot compute is refused.
 
     Example: parloop convert Qwen3-0.6B --loops 2 --start open --out qwen3-plt
 
@@ -34,20 +34,20 @@ def convert(
     source
         Folder of a checkpoint in safetensors. (From the Hub: hf download OWNER/NAME --local-dir FOLDER.)
     out
-        Folder to make.
+        Folder to create.
     to
         plt, or dense: loop 1 of a PLT as a Llama, or as another family that has its options.
     loops
         How often the PLT runs its stack. Default: 2.
     start
-        exact: the source's logits to 1e-5, to serve or to check; loops learn nothing while c is 0. open: the loops are let in, and the change of the
-        loss is printed; it learns best. See docs/upcycling.md.
+        exact: the source's logits to 1e-5, to serve or to check; loops learn nothing while c is 0. open: loops take effect at once, and the change
+        of the loss is printed; it learns best. See docs/upcycling.md.
     window
         Tokens before itself that a token sees in its own loop, from loop 2 on.
     hidden_scale
         c, the factor of the previous loop's state. Default: 0 for exact; for open, as large a state as the embedding.
     gate_bias
-        What the gates start with: 0 is half window, half loop 1's cache; more is more cache. Default: 16 for exact, 0 for open.
+        Initial bias of the gates: 0 is half window, half loop 1's cache; more is more cache. Default: 16 for exact, 0 for open.
     data
         Text to measure the loss on, as in `parloop diagnose`. Default: stdlib for the open start, none for the exact one.
     samples

@@ -19,9 +19,9 @@ def diagnose(
     center_rank: bool = False,
     output: Output | None = None,
 ) -> None:
-    """What each loop of a checkpoint adds and costs, and whether one more or one fewer would pay.
+    """Measure what each loop of a checkpoint adds and costs, and whether one more or one fewer would pay.
 
-    Prints a table and writes a report. Several checkpoints, say R = 2, 3 and 4 of a study, are put side by side.
+    Prints a table and writes a report. Several checkpoints, such as R = 2, 3 and 4 of a study, are shown side by side.
 
     Example: parloop diagnose runs/study-quick/r2-seed0 runs/study-quick/r3-seed0
 
@@ -30,12 +30,12 @@ def diagnose(
     checkpoints
         Folders or Hub names of PLT checkpoints.
     data
-        Text to look at it with: stdlib, installed, a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME. Default: the held-out
-        part of what the model's recipe trained on, or stdlib.
+        Text to diagnose it on: stdlib, installed, a folder, a glob, a .jsonl or .parquet file, or hub:OWNER/NAME. Default: the held-out
+        part of the text in the model's recipe, or stdlib.
     extensions
-        Which files of a folder are read. Default: .py
+        Extensions of the files to read in a folder. Default: .py
     samples
-        Rows of text, each from another document as far as there are enough.
+        Rows of text, each from a document of its own if there are enough.
     length
         Tokens per sample. Default: as in training, or 1024.
     loops
@@ -49,7 +49,7 @@ def diagnose(
     center_rank
         Take the effective rank of states minus their mean.
     output
-        Folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
+        Folder of the report. Default: runs/diagnose-NAMES, followed by a hash if that folder holds another diagnosis.
     """
     from ..diagnosis.checkpoint import diagnose_checkpoints
 

@@ -29,13 +29,13 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint, or a server, with the tools of the paper's benchmarks, at each loop count.
 
-    Each tool is installed once, into an environment of its own; what models write runs in containers or a sandbox. Run it again to go on.
+    Each tool is installed once, into an environment of its own; code of models runs in containers or a sandbox. Run it again to continue.
 
-    What there is: parloop eval --list
+    List the benchmarks: parloop eval --list
 
     Example: parloop eval humaneval_plus bfcl_v3 CHECKPOINT --loops 1 2
 
-    Of a server: parloop eval bfcl_v3 --endpoint http://127.0.0.1:8000/v1 --model NAME@2 --loops 2
+    On a server: parloop eval bfcl_v3 --endpoint http://127.0.0.1:8000/v1 --model NAME@2 --loops 2
 
     Then: parloop eval --report runs/eval
 
@@ -44,31 +44,31 @@ def evaluate(
     what
         Benchmarks, and a checkpoint (a folder, or OWNER/NAME of the Hub) unless --endpoint is given. With --report, folders with results.
     loops
-        Loop counts; a server is started for each. Default: as trained. With --endpoint, what that server has, for the record.
+        Loop counts; a server is started for each. Default: as trained. With --endpoint, that server's loop count, for the record.
     endpoint
-        A server that runs, with /v1, instead of a checkpoint.
+        A running server, with /v1, instead of a checkpoint.
     model
-        What that server calls the model.
+        The model's name at that server.
     limit
         Only the first N items of each benchmark.
     data
-        Local copies of data: BENCHMARK=PATH. docs/evaluation.md says what is in them.
+        Local copies of data: BENCHMARK=PATH. docs/evaluation.md describes their files.
     set
-        Settings other than a benchmark's own: BENCHMARK.NAME=VALUE, the value as JSON or text.
+        Settings that differ from a benchmark's defaults: BENCHMARK.NAME=VALUE, the value as JSON or text.
     serve_options
         Options of `parloop serve`, in quotes: --serve-options "--engine vllm --max-model-len 32768"
     output
         Folder of the results.
     list
-        Show the benchmarks and what they need.
+        Show the benchmarks and their requirements.
     plan
-        Show the commands, and check what they need; run nothing.
+        Show the commands, and check their requirements; run nothing.
     report
         Tables and a plot of results, with intervals, tests and the paper's numbers; also written into --output, as report.html,
         evaluation.png and evaluation.json.
     fresh
-        Delete what the folder holds of these benchmarks at these loop counts, answers and results, and start over. Refused if there
-        is anything else.
+        Delete the answers and results of these benchmarks at these loop counts, and start over. Refused if the folder holds anything
+        else.
     """
     from ..evaluate import compare, run
     from ..evaluate import report as tables
@@ -108,7 +108,7 @@ def _words(options: str) -> list[str]:
         return shlex.split(options)
     except ValueError as error:
         raise EvaluationError(
-            f"--serve-options {options!r} cannot be split into words ({error}): look at its quotes."
+            f"--serve-options {options!r} cannot be split into words ({error}): check its quotes."
         ) from error
 
 

@@ -31,7 +31,7 @@ def generate(
     checkpoint
         Folder or Hub name of a PLT checkpoint.
     prompt
-        Text to continue. "-" reads it from the standard input. One that is called as an option is goes after --.
+        Text to continue. "-" reads it from the standard input. A text that looks like an option goes after --.
     loops
         How often to run the stack. Default: as trained.
     max_new_tokens
@@ -43,7 +43,7 @@ def generate(
     seed
         Seed of the sampling.
     think_budget
-        Tokens of reasoning, from its opening tag on; it is closed then, and the answer follows. Default: as many as the model writes.
+        Tokens of reasoning after its opening tag; then it is closed, and the answer follows. Default: as many as the model writes.
     device
         auto, cpu or cuda.
     dtype
@@ -66,7 +66,11 @@ def generate(
 
 
 def _standard_input() -> str:
-    """Raises CheckpointError: it is closed, or no text."""
+    """Read the prompt from the standard input.
+
+    Raises:
+        CheckpointError: it is closed, or not UTF-8.
+    """
     if sys.stdin is None:
         raise CheckpointError("the prompt - is the standard input, which is closed.")
     try:

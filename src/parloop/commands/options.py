@@ -14,12 +14,16 @@ Flag = Parameter(negative=())
 
 
 def _can_be_a_folder(kind: Any, folder: Path | None) -> None:
-    """Before there is work to lose. Raises ValueError: into a folder of such a name, weights for one could not be written."""
+    """Check a folder's name before there is work to lose.
+
+    Raises:
+        ValueError: it is not UTF-8, so that weights could not be written there.
+    """
     if folder is None:
         return
     if printable(folder) != str(folder):
         raise ValueError(f"{printable(folder)!r} has bytes that are not UTF-8: choose another name.")
-    folder.exists()  # raises OSError, of which main tells: the name is too long
+    folder.exists()  # raises OSError, which main reports, if the name is too long
 
 
 Output = Annotated[Path, Parameter(validator=_can_be_a_folder)]
@@ -28,7 +32,7 @@ CHAT = Group("Fields of recipes for conversations", sort_key=3)
 
 
 def overrides_of(*kinds: type, without: tuple[str, ...] = ()) -> type:
-    """The fields of these recipes as options that are None unless given."""
+    """Return a class with the fields of these recipes as options, each None unless given."""
     options: dict[str, tuple] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
@@ -42,7 +46,7 @@ def overrides_of(*kinds: type, without: tuple[str, ...] = ()) -> type:
             parameter = Parameter(help=shown, group=group, consume_multiple=True, negative=(), show_default=False)
             options[f.name] = (f.name, Annotated[hint | None, parameter], None)
     made = dataclasses.make_dataclass("Overrides", list(options.values()))
-    made.__module__ = __name__  # cyclopts takes classes of the standard library for plain values
+    made.__module__ = __name__  # cyclopts treats classes of the standard library as plain values
     return made
 
 

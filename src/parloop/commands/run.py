@@ -41,7 +41,7 @@ def run(
 
 
 def _can_run(module: str) -> bool:
-    """Whether there is such a module, or a package with a __main__. (What goes wrong in it is its own.)"""
+    """Return whether there is such a module, or a package with a __main__. (Errors inside it are left to it.)"""
     try:
         found = importlib.util.find_spec(module)
         if found is not None and found.submodule_search_locations is not None:
@@ -50,6 +50,6 @@ def _can_run(module: str) -> bool:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         return False
-    except (ValueError, ImportError):  # no name of a module
+    except (ValueError, ImportError):  # not a module's name
         return False
     return found is not None

@@ -12,7 +12,7 @@ def serve(
     loops: int | None = None,
     engine: str = "auto",
 ) -> None:
-    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, else on a Mac with mlx-lm, else with transformers.
+    """Serve a checkpoint to OpenAI clients: with vLLM if it is installed, otherwise on a Mac with mlx-lm, otherwise with transformers.
 
     The model answers to NAME@R, which shows the loop count, and to NAME.
 

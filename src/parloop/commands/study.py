@@ -21,6 +21,7 @@ def study(
     match: str = "tokens",
     control: Annotated[list[str] | None, Many] = None,
     sweep: Annotated[list[str] | None, Many] = None,
+    jobs: int | None = None,
     output: Output | None = None,
     fresh: bool = False,
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008
@@ -34,8 +35,8 @@ def study(
     Parameters
     ----------
     source
-        What to train on: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
-        that takes depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
+        Training text: stdlib (the default), installed (packages too), a folder, a glob, a .jsonl or .parquet file, hub:OWNER/NAME, or a task
+        that needs depth: task:parity, task:s5, task:hops, task:run (docs/tasks.md).
     loops
         The loop counts to compare. Default: 1 2 3 4.
     preset
@@ -45,17 +46,21 @@ def study(
     match
         tokens: the same training tokens for all. compute: the same training FLOPs.
     control
-        Models of one loop beside every loop count above 1. deep: as many times the layers, each with its own weights. compute: as many more
-        training tokens as the loops' compute buys.
+        Add models of one loop for every loop count R above 1. deep: R times the layers, each with its own weights. compute: as many
+        training tokens as the training compute of R loops buys.
     sweep
-        Fields of the recipe that models differ in beside the loop count, with their values: --sweep learning_rate=1e-3,3e-3 branch_scaling=none,loops
-        trains every combination.
+        Fields of the recipe in which models differ besides the loop count, with their values: --sweep learning_rate=1e-3,3e-3
+        branch_scaling=none,loops trains every combination.
+    jobs
+        Number of concurrent runs. Default: one on a GPU, otherwise one per thread that torch may use, at most 4.
     output
-        Folder of the study. Default: runs/study-PRESET, with the match and the source if they are not the default, and the fields of a sweep.
+        Folder of the study. Default: runs/study-PRESET, followed by the match and the source if they are not the default, and by the fields of a
+        sweep.
     fresh
         Delete the runs in the folder and start over.
     """
     from ..study import run_study
+    from ..study.jobs import default_jobs
 
     changes = given(overrides) | ({} if source is None else {"source": source})
     console = terminal()
@@ -68,6 +73,7 @@ def study(
         match=match,
         controls=control,
         sweep=sweep,
+        jobs=default_jobs(str(changes.get("device"))) if jobs is None else jobs,
         changes=changes,
         console=console,
         fresh=fresh,

@@ -1,4 +1,4 @@
-"""What commands print on."""
+"""The console that commands print on."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,16 @@ from rich.console import Console
 
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # main says what to do; rich would exit with 1
+        raise BrokenPipeError  # main handles it; rich would exit with 1
 
 
 def terminal() -> Console:
-    """The terminal; where the output goes into a file, 100 columns."""
+    """Return the console: the terminal, or 100 columns if the output goes into a file."""
     console = _Terminal()
     return console if console.is_terminal or "COLUMNS" in os.environ else _Terminal(width=100)
 
 
 def name_files(console: Console, what: str, folder: Path | None, *names: str) -> None:
-    """Print where a verb's files are."""
+    """Print the paths of a verb's files."""
     paths = ", ".join(str(Path(folder or "", name)) for name in names)
     console.print(f"{what}: {paths}", highlight=False, markup=False, soft_wrap=True)

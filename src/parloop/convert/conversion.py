@@ -1,17 +1,16 @@
-"""Dense to PLT and back: a Llama-family checkpoint as a PLT that computes the same function, ready to be trained on.
+"""Dense to PLT and back: convert a Llama-family checkpoint into a PLT that computes the same function and can be trained further.
 
 With a = 1 and c = 0 every loop's input is the embedding, so layer by layer its queries, keys and values are loop 1's. With gates at 1
-its attention reads loop 1's cache only. Then every loop's output is loop 1's, the source's. A gate is g = sigmoid(b) for the bias b
-that it starts with (its weights are zero), and what it lets in of the window changes the output by about 1 - g = exp(-b):
+its attention reads loop 1's cache only. Then every loop's output is loop 1's, and so the source's. A gate is g = sigmoid(b) for its
+initial bias b (its weights are zero), and the share of the window changes the output by about 1 - g = exp(-b):
 
-    exact   c = 0, b = 16: 1 - g = 1e-7. The logits move by as much as float32 rounds them. From b = 17 a gate is 1 in float32, and has
-            no gradient
-    open    c such that the state is as large as the embedding, b = 0: gates at one half, as a new PLT has them. It learns best
-            (docs/upcycling.md); how much the loss changes is measured
+    exact   c = 0, b = 16: 1 - g = 1e-7. The logits change by no more than float32's rounding. From b = 17 on a gate is 1 in float32, and
+            has no gradient
+    open    c such that the state is as large as the embedding, b = 0: gates at one half, as in a new PLT. It learns best
+            (docs/upcycling.md); the change of the loss is measured
 
-Tensors keep their names, so they are copied as bytes from file to file: memory does not grow with the checkpoint. The gates are a
-file more. The source's configuration is read field by field: one that is not known here is refused, since it may change what is
-computed.
+Tensors keep their names, so they are copied as bytes from file to file: memory does not grow with the checkpoint. The gates go into one
+more file. The source's configuration is read field by field: an unknown field is refused, since it may change the computation.
 """
 
 import math
@@ -44,13 +43,15 @@ class Converted(Result):
     """A converted model.
 
     Attributes:
-        family: model type of the source; model_type: of what was made.
-        weights_bytes: of its weights, in `files` files.
-        gate_bias: that the gates start with; None: there are none.
-        source_loss: of a PLT's loop 1, which is the source's, in nats per token of the sample text; None: not measured.
-        loss: of its last loop.
-        config: of what was made.
-        folder: where it is.
+        family: model type of the source.
+        model_type: model type of the result.
+        weights_bytes: bytes of its weights.
+        files: number of its weight files.
+        gate_bias: initial bias of the gates; None: there are none.
+        source_loss: loss of a PLT's loop 1, which is the source's, in nats per token of the sample text; None: not measured.
+        loss: loss of its last loop, likewise.
+        config: its configuration.
+        folder: its folder.
     """
 
     family: str
@@ -64,6 +65,7 @@ class Converted(Result):
     folder: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the result."""
         from rich.text import Text
 
         lines = [f"{self.family} -> {self.model_type}: {self.weights_bytes / 1e9:.2f} GB of weights in {self.files} file(s)"]
@@ -90,22 +92,26 @@ def convert(
     samples: int = 8,
     console: Console | None = None,
 ) -> Converted:
-    """Write a dense checkpoint as a PLT, or a PLT's loop 1 as a dense checkpoint.
+    """Convert a dense checkpoint into a PLT, or a PLT's loop 1 into a dense checkpoint.
 
     Args:
         source: folder of a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors, or of a PLT.
-        out: folder to make. It appears when it is complete.
+        out: folder to create. It appears when it is complete.
         to: plt or dense.
         loops: R of the PLT; default: 2.
         start: exact (the same logits) or open (all of the window and of the previous loop's state, which learns best).
         window: w, in tokens: loops 2..R see the token itself and the w before it.
-        hidden_scale: c, instead of the start's.
-        gate_bias: b, instead of the start's.
+        hidden_scale: c; default: the start's.
+        gate_bias: b; default: the start's.
         data: a source of text, as for training, to measure the loss on. Default: the standard library for the open start.
         samples: rows of up to 512 tokens of that text; 0: do not measure, and never load the model.
+        console: where progress is printed; default: the standard error.
+
+    Returns:
+        sizes, gates and losses of the result.
 
     Raises:
-        ConvertError: the source is nothing that can be converted.
+        ConvertError: the source cannot be converted.
         OutputError: the folder exists and is not empty, or cannot be written.
         SourceError: the text cannot be read.
     """
@@ -123,7 +129,7 @@ def convert(
 
 
 def card_of(result: Converted, source: Path) -> str:
-    """Return the model card of what was converted."""
+    """Return the model card of a converted model, in Markdown."""
     made = f"Loop 1 of the PLT {shown(str(source.absolute()))}, as a dense model."
     if result.gate_bias is not None:
         made = (
@@ -157,7 +163,7 @@ def _convert(
     samples: int,
     console: Console,
 ) -> tuple[Converted, list[torch.Tensor]]:
-    """Convert into a folder that becomes `out`; also returns the rows to measure the loss on."""
+    """Convert into a folder that becomes `out`. Also returns the rows to measure the loss on."""
     if not source.is_dir():
         raise ConvertError(
             f"source {str(source)!r} is not a folder. For a model of the Hub: hf download OWNER/NAME --local-dir FOLDER"

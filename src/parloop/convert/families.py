@@ -1,6 +1,6 @@
-"""Configurations: which model types can be a PLT, and how their fields map onto a PLT's and back.
+"""Configurations: the model types that can become a PLT, and the mapping of their fields onto a PLT's and back.
 
-The source's configuration is read field by field: one that is not known here is refused, since it may change what is computed.
+The source's configuration is read field by field: an unknown field is refused, since it may change the computation.
 """
 
 import json
@@ -19,7 +19,7 @@ from ..model.configuration import ARCHITECTURE, PLTConfig
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers: which of our options it always has, and which fields of its configuration set one."""
+    """A model type of transformers: the options of ours that it always has, and the fields of its configuration that set one."""
 
     architecture: str
     has: dict[str, Any] = field(default_factory=dict)
@@ -33,13 +33,18 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", has={"qk_norm": True}, says=("attention_bias",)),
     PLTConfig.model_type: Family(ARCHITECTURE, says=("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")),
 }
-OPTIONS = {"attention_bias": False, "attention_output_bias": None, "mlp_bias": False, "qk_norm": False}  # and when absent
+OPTIONS = {
+    "attention_bias": False,
+    "attention_output_bias": None,
+    "mlp_bias": False,
+    "qk_norm": False,
+}  # and the default values
 CARRIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
     "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout", "dtype",
 )  # fmt: skip
-# Fields that are looked at by name below, or change nothing that is computed.
+# Fields that are checked by name below, or do not change the computation.
 LOOKED_AT = {
     "model_type", "architectures", "head_dim", "rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "use_sliding_window",
     "max_window_layers", "layer_types", "auto_map", "quantization_config", "transformers_version", "_name_or_path",
@@ -47,7 +52,7 @@ LOOKED_AT = {
     "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class",
     "torchscript", "max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
 }  # fmt: skip
-# What another architecture's fields stand for, for an error that says what is missing.
+# Mechanisms of other architectures, by patterns of their fields, for errors that name what is missing.
 MISSING = {
     r"expert|moe": "mixture of experts",
     r"vision|image|audio|video": "images or sound",
@@ -56,7 +61,7 @@ MISSING = {
     r"sliding|window|chunk": "attention in windows",
     r"sink": "attention sinks",
     r"lora_rank|qk_nope|qk_rope": "latent attention",
-    r"alibi|n_positions|relative": "position embedding but RoPE",
+    r"alibi|n_positions|relative": "position embedding other than RoPE",
     r"residual_multiplier|embedding_multiplier|scale_emb|scale_depth": "scaled embeddings or residuals",
     r"per_layer": "layers of different shapes",
     r"parallel": "attention and feed-forward side by side",
@@ -66,17 +71,17 @@ MISSING = {
 
 
 def source_config(source: Path) -> PreTrainedConfig:
-    """A checkpoint's configuration as its class in transformers reads it.
+    """Return a checkpoint's configuration, as its class in transformers reads it.
 
     Raises:
-        ConvertError: it describes something that the PLT's layers cannot compute.
+        ConvertError: it describes a model that the PLT's layers cannot compute.
     """
     try:
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"source {str(source)!r} has no config.json that can be read ({error}).") from error
     if not isinstance(raw, dict):
-        raise ConvertError(f"{str(source / 'config.json')!r} holds no JSON object, so it describes no model.")
+        raise ConvertError(f"{str(source / 'config.json')!r} does not hold a JSON object, so it describes no model.")
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         known = ", ".join(name for name in FAMILIES if name != PLTConfig.model_type)
@@ -94,10 +99,10 @@ def source_config(source: Path) -> PreTrainedConfig:
             f"architectures={raw['architectures']} is not a language model of this kind: use {family.architecture}."
         )
     if raw.get("quantization_config"):
-        raise ConvertError("the source is quantised: convert the model that it was made from.")
+        raise ConvertError("the source is quantised: convert the original model.")
     if raw.get("auto_map"):
         raise ConvertError(
-            f"auto_map={raw['auto_map']}: the source comes with code of its own, which may compute something else than {kind}. If "
+            f"auto_map={raw['auto_map']}: the source comes with code of its own, which may compute something other than {kind}. If "
             f"it does not, remove auto_map from config.json."
         )
     ours = {*CARRIED, *LOOKED_AT, *family.says}
@@ -105,7 +110,7 @@ def source_config(source: Path) -> PreTrainedConfig:
     if unknown:
         shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
         raise ConvertError(
-            f"config.json has fields that are not known for {kind} and may change what it computes ({shown}; {_lacks(unknown)}). Remove "
+            f"config.json has fields that are not known for {kind} and may change its computation ({shown}; {_lacks(unknown)}). Remove "
             f"those that change nothing."
         )
     layers = set(getattr(config, "layer_types", None) or ["by sliding_window"])
@@ -124,14 +129,18 @@ def source_config(source: Path) -> PreTrainedConfig:
 
 
 def _lacks(fields: dict[str, Any]) -> str:
-    """Say which mechanism that these fields are about the PLT's layers lack."""
+    """Return which mechanisms, by the names of these fields, the PLT's layers lack."""
     on = [name for name, value in fields.items() if value and name != "chunk_size_feed_forward"]
     missing = sorted({what for name in on for pattern, what in MISSING.items() if re.search(pattern, name)})
-    return f"the PLT's layers have no {', no '.join(missing)}" if missing else "the PLT's layers are Llama's, and no others"
+    return f"the PLT's layers have no {', no '.join(missing)}" if missing else "the PLT's layers are Llama's"
 
 
 def plt_config(given: PreTrainedConfig, loops: int, window: int) -> PLTConfig:
-    """The source's fields and options, and the loops. Scales are left to the start."""
+    """Return a PLT's configuration with the source's fields and options. The scales are set later.
+
+    Raises:
+        ConvertError: no PLT has these values.
+    """
     family = FAMILIES[given.model_type]
     fields: dict[str, Any] = {name: getattr(given, name) for name in (*CARRIED, *family.says)}
     fields |= family.has | {"rope_parameters": deepcopy(given.rope_parameters), "head_dim": getattr(given, "head_dim", None)}
@@ -148,10 +157,10 @@ def plt_config(given: PreTrainedConfig, loops: int, window: int) -> PLTConfig:
 
 
 def dense_config(config: PLTConfig) -> PreTrainedConfig:
-    """The configuration of the plain model that loop 1 is: of the first family that has its options.
+    """Return the configuration of the plain model that loop 1 is, in the first family that has its options.
 
     Raises:
-        ConvertError: none has.
+        ConvertError: no family has them.
     """
     on = {name: getattr(config, name) for name in OPTIONS} | {"attention_output_bias": config.output_bias}
     for kind, family in FAMILIES.items():
@@ -165,7 +174,7 @@ def dense_config(config: PLTConfig) -> PreTrainedConfig:
         try:
             with warnings.catch_warnings(action="ignore"):
                 dense = CONFIG_MAPPING[kind](**fields, architectures=[family.architecture])
-        except Exception:  # Llama wants heads that divide hidden_size
+        except Exception:  # Llama requires that heads divide hidden_size
             continue
         if hasattr(dense, "sliding_window"):
             dense.sliding_window = None  # Mistral's default is a window

@@ -1,4 +1,4 @@
-"""The start of a converted model's loops: gates, the scale of the previous loop's state, and the loss that comes of it."""
+"""The start of a converted model's loops: gates, the scale of the previous loop's state, and the resulting loss."""
 
 import math
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ from .weights import rows_of
 
 EXACT_BIAS = 16.0
 OPEN_BIAS = 0.0
-OPEN_SHARE = 1.0  # of the previous loop's state in a later loop's input, relative to the embedding
+OPEN_SHARE = 1.0  # size of the previous loop's state in a later loop's input, relative to the embedding
 SAMPLE_TOKENS = 512
 
 
 def initial_gates(config: PLTConfig, bias: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gates of zero weight: sigmoid(bias) at every token."""
+    """Return gates with zero weights: sigmoid(bias) at every token. Names -> tensors, weights [H, D]."""
     gates = {}
     for i in range(config.num_hidden_layers):
         name = f"model.layers.{i}.self_attn.{GATE}"
@@ -33,7 +33,8 @@ def initial_gates(config: PLTConfig, bias: float, dtype: torch.dtype) -> dict[st
 
 
 def embedding_size(files: Iterable[Path]) -> float:
-    """Size of the embedding relative to a state after the final norm, as root mean squares: the c that makes both equally large."""
+    """Return the ratio of the embedding's root mean square to that of a state after the final norm: the c that makes both
+    equally large."""
 
     def mean_square(name: str) -> float:
         parts = [(float(rows.double().pow(2).sum()), rows.numel()) for rows in rows_of(files, name)]
@@ -43,7 +44,11 @@ def embedding_size(files: Iterable[Path]) -> float:
 
 
 def sample_rows(source: Path, data: str, samples: int, longest: int) -> list[torch.Tensor]:
-    """Rows of tokens of a text, [1, T] each."""
+    """Return rows of token ids of a text, each [1, T].
+
+    Raises:
+        ConvertError: the source has no tokenizer.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
@@ -56,7 +61,7 @@ def sample_rows(source: Path, data: str, samples: int, longest: int) -> list[tor
 
 @torch.no_grad()
 def opening_loss(folder: Path, rows: list[torch.Tensor], device: str = "auto") -> tuple[float, float]:
-    """Loss of loop 1, which is the dense model, and of the last loop, in nats per token."""
+    """Return the loss of loop 1, which is the dense model, and of the last loop, in nats per token."""
     model = load_model(folder, device)
     losses = torch.zeros(2, dtype=torch.float64)
     for row in rows:

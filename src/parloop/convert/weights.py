@@ -1,4 +1,4 @@
-"""Weights, as bytes from file to file: memory does not grow with the checkpoint."""
+"""Weights, copied as bytes from file to file: memory does not grow with the checkpoint."""
 
 import json
 import re
@@ -20,17 +20,17 @@ from ..record import write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 IS_GATE = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.")
-UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llama files keep what is computed
+UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llama files hold this buffer, which is computed
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 WeightFiles = dict[Path, dict[str, tuple[str, list[int]]]]  # files -> names of the tensors in use -> dtype, shape
 
 
 def weight_files(source: Path) -> WeightFiles:
-    """Read what a checkpoint's files hold, without their tensors.
+    """Read names, dtypes and shapes of the tensors in a checkpoint's files.
 
     Raises:
-        ConvertError: they are no safetensors, cannot be read, or lack what their index names.
+        ConvertError: they are not safetensors, cannot be read, or lack tensors that their index names.
     """
     index = source / INDEX
     try:
@@ -63,7 +63,7 @@ def weight_files(source: Path) -> WeightFiles:
 
 
 def check_weights(files: WeightFiles, config: PLTConfig) -> None:
-    """See that the files hold exactly the names and shapes of this configuration's loop 1, in floating point.
+    """Check that the files hold exactly the names and shapes of this configuration's loop 1, in floating point.
 
     Raises:
         ConvertError: they do not.
@@ -78,14 +78,14 @@ def check_weights(files: WeightFiles, config: PLTConfig) -> None:
     if config.tie_word_embeddings and head not in held:
         del wanted[head]
     if missing := wanted.keys() - held.keys():
-        raise ConvertError(f"the weights lack {_some(missing)}, which config.json asks for.")
+        raise ConvertError(f"the weights lack {_some(missing)}, which config.json requires.")
     if extra := held.keys() - wanted.keys():
-        raise ConvertError(f"the weights hold {_some(extra)}, for which the PLT's layers have no place.")
+        raise ConvertError(f"the weights hold {_some(extra)}, which the PLT's layers do not have.")
     for name, (dtype, shape) in held.items():
         if shape != wanted[name]:
             raise ConvertError(f"{name} has shape {shape}, but config.json says {wanted[name]}.")
         if dtype not in FLOATS:
-            raise ConvertError(f"{name} has dtype {dtype}: convert the model that was quantised to it.")
+            raise ConvertError(f"{name} has dtype {dtype}: it is quantised, convert the original model.")
     if config.tie_word_embeddings and head in held:
         pairs = zip(rows_of(files, head), rows_of(files, embedding))
         if not all(torch.equal(one, other) for one, other in pairs):
@@ -93,7 +93,7 @@ def check_weights(files: WeightFiles, config: PLTConfig) -> None:
 
 
 def rows_of(files: Iterable[Path], name: str, at_once: int = 2048) -> Iterable[torch.Tensor]:
-    """A tensor some rows at a time."""
+    """Yield a tensor's rows, at most `at_once` at a time."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118
@@ -103,13 +103,15 @@ def rows_of(files: Iterable[Path], name: str, at_once: int = 2048) -> Iterable[t
 
 
 def dtype_of(files: Iterable[Path]) -> torch.dtype:
+    """Return the dtype of a checkpoint's weights."""
     return next(iter(rows_of(files, "model.norm.weight"))).dtype
 
 
 def write_weights(
     files: WeightFiles, gates: dict[str, torch.Tensor], folder: Path, drop_gates: bool, console: Console
 ) -> int:
-    """The source's files, the gates in one more, and an index if there are several. Returns bytes of tensors."""
+    """Write the source's tensors, the gates in one more file, and an index if there are several files. Return the bytes
+    of all tensors."""
     kept = {path: [name for name in tensors if not (drop_gates and IS_GATE.search(name))] for path, tensors in files.items()}
     kept = {path: names for path, names in kept.items() if names}
     total = len(kept) + bool(gates)
@@ -129,7 +131,7 @@ def write_weights(
 
 
 def copy_tensors(source: Path, target: Path, names: Iterable[str]) -> int:
-    """Copy tensors from one safetensors file into a new one, byte by byte and in pieces. Returns their bytes."""
+    """Copy tensors from one safetensors file into a new one, byte by byte and in pieces. Return their bytes."""
     wanted = set(names)
     with open(source, "rb") as file, open(target, "wb") as copy:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""The cache folder of corpora and of the benchmarks' tools: the user's cache or, if that cannot be written, a temporary folder."""
+"""The cache folder of corpora and benchmark tools: in the user's cache or, if that is not writable, in a temporary folder."""
 
 import os
 import tempfile
@@ -10,19 +10,22 @@ from ..errors import OutputError
 
 
 def default_cache() -> Path:
-    """`PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
+    """Return `PARLOOP_CACHE`, or the `parloop` folder in the user's cache folder."""
     base = os.environ.get("PARLOOP_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "parloop")
     return Path(os.path.expanduser(base))
 
 
 def cache_folder(name: str, console: Console, cache: Path | None = None) -> Path:
-    """A folder of the cache, made if it is not there; of a temporary cache, if this one cannot be written, as in many containers.
+    """Return a folder of the cache, created if needed. If the cache is not writable, as in many containers, use a
+    temporary folder and print a warning.
 
     Args:
-        cache: instead of the default.
+        name: name of the folder in the cache.
+        console: where the warning is printed.
+        cache: the cache; default: `default_cache()`.
 
     Raises:
-        OutputError: neither can be written.
+        OutputError: neither folder is writable.
     """
     wanted = (cache or default_cache()) / name
     try:
@@ -44,7 +47,7 @@ def cache_folder(name: str, console: Console, cache: Path | None = None) -> Path
 
 
 def _made(folder: Path) -> Path:
-    """Raises OSError: it cannot be written."""
+    """Create a folder and write into it, as a test. Raises OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"can this be written?")
@@ -53,7 +56,7 @@ def _made(folder: Path) -> Path:
 
 
 def _temporary_cache() -> Path:
-    """Make or find the user's temporary cache, which all of the user's processes share and nobody else."""
+    """Return the user's temporary cache, created if needed, which all processes of this user share and no other user."""
     folder = Path(tempfile.gettempdir(), f"parloop-{os.getuid() if hasattr(os, 'getuid') else ''}")
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

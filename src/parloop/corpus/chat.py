@@ -1,11 +1,11 @@
-"""Conversations: from rows of messages to token ids, of which the assistant's are to be learnt.
+"""Conversations: from rows of messages to token ids, of which the assistant's are labels.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "tools": [...]}
 
-A checkpoint's own chat template writes a conversation out. Which of its tokens are the assistant's, the template says itself if it has
-{% generation %} blocks. If it has none, they are found by writing out the conversation up to each of the assistant's turns, without
-it and with it. Some templates write an earlier turn otherwise than the last one (they drop its reasoning); then what a
-model would see when it answered is another text, and the turn gets a row of its own.
+A checkpoint's own chat template renders a conversation. If the template has {% generation %} blocks, they mark the assistant's tokens.
+Otherwise these are found by rendering the conversation up to each of the assistant's turns, without the turn and with it. Some templates
+render an earlier turn differently from the last one (they drop its reasoning); then the model saw another text when it answered, and the
+turn gets a row of its own.
 """
 
 import copy
@@ -32,7 +32,7 @@ from .corpus import is_validation
 
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "environment"}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING = ("reasoning", "reasoning_content")  # the names of what stands beside the content
+REASONING = ("reasoning", "reasoning_content")  # names of the field for reasoning beside the content
 THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*(?P<answer>.*)", re.DOTALL)
 OURS = {
     "tokenize",
@@ -43,8 +43,8 @@ OURS = {
     "conversation",
     "chat_template",
 }
-NAMED = 20  # how many left-out rows of each reason are named
-FEW = 2000  # conversations that are not worth other processes
+NAMED = 20  # how many left-out rows are named per reason
+FEW = 2000  # up to this many conversations are encoded without further processes
 COLUMNS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 Row = dict[str, list[int]]
 
@@ -54,12 +54,14 @@ class Chat:
     """Encoded conversations.
 
     Attributes:
-        train, validation: rows of input_ids and labels, both as long; -100 where nothing is learnt.
-        left_out: reason -> how many rows.
-        left_out_names: reason -> the first of them.
-        digest: of the conversations that are used.
-        stops: whether the last learnt token of every turn ends generation.
-        cut: conversations some of whose reasoning was cut.
+        train: rows of input_ids and labels, equally long; the label is -100 where nothing is learnt.
+        validation: held-out rows, likewise.
+        conversations: number of conversations in both.
+        left_out: reason -> number of rows left out.
+        left_out_names: reason -> the first of these rows.
+        digest: hash of the conversations that are used.
+        stops: whether the last learnt token of every row ends generation.
+        cut: number of conversations whose reasoning was cut.
     """
 
     train: Dataset
@@ -74,12 +76,12 @@ class Chat:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What becomes of long reasoning.
+    """Treatments of long reasoning.
 
     Attributes:
-        tokens: of a turn's reasoning that are long; 0: none are.
-        long: drop leaves the conversation out; cut keeps the first `tokens` of them, before </think> and the answer, which is what a
-            budget for reasoning makes of it when text is generated.
+        tokens: reasoning of a turn is long if it has more tokens than this; 0: never.
+        long: drop leaves the conversation out; cut keeps the first `tokens` tokens, before </think> and the answer, as a budget for
+            reasoning does in generation.
     """
 
     tokens: int = 0
@@ -93,17 +95,18 @@ def load_chat(
 
     Args:
         source: a .jsonl or .parquet file, a glob of them, or hub:OWNER/NAME.
-        tokenizer: with a chat template.
-        length: longer conversations are left out, in tokens.
-        stop_ids: the tokens that end generation.
-        reasoning: what becomes of long reasoning.
+        tokenizer: a tokenizer with a chat template.
+        length: conversations of more tokens are left out.
+        validation_share: share of the conversations held out for validation.
+        stop_ids: ids of the tokens that end generation.
+        reasoning: how to treat long reasoning.
 
     Raises:
-        SourceError: nothing is there, nothing can be used, or the tokenizer has no chat template.
+        SourceError: the source is missing, no conversation can be used, or the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise SourceError(
-            "the checkpoint's tokenizer has no chat template, so it is not known how it writes conversations: put a chat_template.jinja "
+            "the checkpoint's tokenizer has no chat template, so conversations cannot be rendered: put a chat_template.jinja "
             "into its folder."
         )
     empty = Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
@@ -126,14 +129,14 @@ def load_chat(
             for row in encoded:
                 last = next(label for label in reversed(row["labels"]) if label != -100)
                 chat.stops &= last in stop_ids
-                places = held_out if is_validation(key, validation_share) else learnt
-                places.append(len(held_out) + len(learnt))
+                indices = held_out if is_validation(key, validation_share) else learnt
+                indices.append(len(held_out) + len(learnt))
                 yield row
 
     rows = use()
     first = list(islice(rows, 1))
     if first:
-        with tempfile.TemporaryDirectory() as folder:  # where `datasets` writes what it then holds mapped into memory
+        with tempfile.TemporaryDirectory() as folder:  # `datasets` writes the rows here and maps them into memory
             try:
                 everything = Dataset.from_generator(
                     lambda: chain(first, rows), features=COLUMNS, cache_dir=folder, fingerprint=os.urandom(8).hex()
@@ -151,32 +154,32 @@ def load_chat(
     return chat
 
 
-# Which rows
+# Rows
 
 
 def _distinct(source: str) -> Iterator[tuple[str, bytes, Any, str]]:
-    """(name, hash, messages and tools, or why there are none) of every row."""
+    """Yield (name, hash, messages and tools, reason why there are none) of every row."""
     seen = set()
     for name, row, reason in _rows(source):
-        talk, key = None, b""
+        parsed, key = None, b""
         if not reason:
             try:
-                talk, reason = conversation(row)
+                parsed, reason = conversation(row)
             except RecursionError:
                 reason = "nested too deeply"
         if not reason:
             key = hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "replace")).digest()
             reason = "duplicate" if key in seen else ""
             seen.add(key)
-        yield name, key, talk, reason
+        yield name, key, parsed, reason
 
 
 def conversation(row: Any) -> tuple[Any, str]:
-    """(messages, tools and options of the template) of a row as templates expect them, or (None, why it is no conversation).
+    """Convert a row to (messages, tools, template options) as templates expect them, or (None, reason why it is not a conversation).
 
-    Content in parts is joined, and arguments of calls that are JSON text are read: OpenAI's forms of both. Reasoning beside the content
-    stands under both names that there are for it, `reasoning` and `reasoning_content`. Options of the template are
-    `chat_template_kwargs`, as servers call them, and among them `enable_thinking`, which may also stand alone.
+    Content in parts is joined, and a call's arguments are parsed if they are JSON text: OpenAI's forms of both.
+    Reasoning beside the content is stored under both of its usual names, `reasoning` and `reasoning_content`. Template
+    options are `chat_template_kwargs`, as servers call them; `enable_thinking` may also stand alone in the row.
     """
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
         return None, "no messages"
@@ -213,10 +216,10 @@ def conversation(row: Any) -> tuple[Any, str]:
     except ValueError:
         return None, "tools that are not JSON"
     if tools is not None and not isinstance(tools, list):
-        return None, "tools that are no list"
+        return None, "tools that are not a list"
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict) or options.keys() & OURS:
-        return None, "chat_template_kwargs that are no options of a template"
+        return None, "chat_template_kwargs that are not options of a template"
     if row.get("enable_thinking") is not None:
         options = options | {"enable_thinking": row["enable_thinking"]}
     if not isinstance(options.get("enable_thinking", True), bool):
@@ -237,26 +240,24 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 # Text and tokens
 
 
-Encoded = tuple[
-    str, bytes, list[Row], str, bool
-]  # of a conversation: name, hash, rows, why there are none, whether reasoning was cut
+Encoded = tuple[str, bytes, list[Row], str, bool]  # name, hash, rows, reason why there are none, whether reasoning was cut
 
 
-def _encoded(talks: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any, reasoning: Reasoning) -> Iterator[Encoded]:
-    """The same, encoded, in order."""
-    few = list(islice(talks, FEW))
+def _encoded(parsed: Iterator[tuple[str, bytes, Any, str]], tokenizer: Any, reasoning: Reasoning) -> Iterator[Encoded]:
+    """Encode conversations in order, on all cores if there are more than FEW."""
+    few = list(islice(parsed, FEW))
     encoder = _Encoder(tokenizer, reasoning)
     yield from map(encoder, few)
     if len(few) < FEW:
         return
-    # Other processes are started afresh: copies of one that has threads can hang.
+    # Processes are spawned, not forked: a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
     with context.Pool(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        yield from pool.imap(encoder, talks, chunksize=64)
+        yield from pool.imap(encoder, parsed, chunksize=64)
 
 
 class _Encoder:
-    """Encodes a conversation; whatever is wrong with it is a reason, and no error."""
+    """Encodes a conversation. A fault in it is returned as a reason, and never raised."""
 
     def __init__(self, tokenizer: Any, reasoning: Reasoning):
         self.tokenizer, self.untrimmed, self.reasoning = tokenizer, without_post_processor(tokenizer), reasoning
@@ -264,15 +265,15 @@ class _Encoder:
         self.inside = writes_reasoning(tokenizer, beside=False)
 
     def __call__(self, item: tuple[str, bytes, Any, str]) -> Encoded:
-        name, key, talk, reason = item
+        name, key, parsed, reason = item
         rows: list[Row] = []
         is_cut = False
         if not reason:
             try:
-                messages, tools, options = talk
+                messages, tools, options = parsed
                 messages, is_cut, reason = self._with_reasoning(messages)
                 rows = [] if reason else encode(self.tokenizer, messages, tools, self.untrimmed, options)
-            except Exception as error:  # templates raise what they like
+            except Exception as error:  # templates raise anything
                 said = (str(error).splitlines() or [type(error).__name__])[0]
                 reason = f"the chat template refuses it ({said[:80]})"
         rows = [row for row in rows if any(label != -100 for label in row["labels"])]
@@ -281,7 +282,8 @@ class _Encoder:
         return name, key, rows, reason, is_cut
 
     def _with_reasoning(self, messages: list[dict]) -> tuple[list[dict], bool, str]:
-        """Messages with reasoning where the template reads it, and not too long: these, whether it was cut, and why they are left out."""
+        """Put reasoning where the template reads it, cut if it is long. Returns the messages, whether any was cut, and
+        the reason if they are left out."""
         made, is_cut = [], False
         for message in messages:
             thought, content, found = message.get(REASONING[0]), message.get("content") or "", None
@@ -299,7 +301,7 @@ class _Encoder:
                 return [], False, f"reasoning over {self.reasoning.tokens} tokens"
             is_cut |= short != thought
             if found and short == thought and self.inside:
-                made.append(message)  # as it was written
+                made.append(message)  # unchanged
             elif self.beside and not (found and self.inside):
                 made.append(message | dict.fromkeys(REASONING, short) | {"content": content})
             else:
@@ -308,24 +310,25 @@ class _Encoder:
         return made, is_cut, ""
 
     def _cut(self, thought: str) -> str:
-        """The first tokens of reasoning, as many as may be."""
+        """Return the first tokens of reasoning, as many as are allowed."""
         if (
             not self.reasoning.tokens or len(thought.encode("utf-8", "replace")) <= self.reasoning.tokens
-        ):  # a token has a byte at least
+        ):  # a token has at least one byte
             return thought
-        places = self.untrimmed(thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return thought if len(places) <= self.reasoning.tokens else thought[: places[self.reasoning.tokens - 1][1]]
+        offsets = self.untrimmed(thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return thought if len(offsets) <= self.reasoning.tokens else thought[: offsets[self.reasoning.tokens - 1][1]]
 
 
 def writes_reasoning(tokenizer: Any, beside: bool) -> bool:
-    """Whether a tokenizer's template writes the reasoning of its last turn, beside the content or inside of it."""
+    """Return whether a tokenizer's template renders the reasoning of the last turn, given beside the content or inside
+    it."""
     thought, asked = "Let me see.", {"role": "user", "content": "?"}
     answer = (
         {"content": "!"} | dict.fromkeys(REASONING, thought) if beside else {"content": f"<think>\n{thought}\n</think>\n\n!"}
     )
     try:
         text = tokenizer.apply_chat_template([asked, {"role": "assistant"} | answer], tokenize=False)
-    except Exception:  # templates raise what they like; of a conversation it is told
+    except Exception:  # templates raise anything; encoding a conversation reports the reason
         return False
     return thought in text
 
@@ -337,11 +340,21 @@ def encode(
     untrimmed: Any = None,
     template_options: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """A conversation as rows of input_ids and labels: one row, or several if the template writes earlier turns otherwise.
+    """Encode a conversation as rows of input_ids and labels: one row, or several if the template renders earlier turns
+    differently.
 
     Args:
-        untrimmed: `without_post_processor(tokenizer)`, if it is at hand.
+        tokenizer: a tokenizer with a chat template.
+        messages: the conversation's messages.
+        tools: the tools that the assistant may call.
+        untrimmed: `without_post_processor(tokenizer)`, to save making it.
         template_options: further variables of the template, such as enable_thinking.
+
+    Returns:
+        rows of token ids, in order; a label is -100 where nothing is learnt.
+
+    Raises:
+        ValueError: the template's text before a turn is not the beginning of its text with the turn.
     """
     options = (template_options or {}) | {"tools": tools, "tokenize": False}
     if GENERATION.search(_template(tokenizer, tools)) and not _forgets(tokenizer, messages, options):
@@ -350,13 +363,13 @@ def encode(
         )
         ids, mask = list(done["input_ids"]), done["assistant_masks"]
         return [{"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask)]}]
-    turns = []  # of each of the assistant's: the text before it, and with it
+    turns = []  # for each of the assistant's turns: the text before it, and the text with it
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             after = tokenizer.apply_chat_template(messages[: i + 1], **options)
             if i:
                 before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
-            else:  # a conversation that the assistant opens: up to the header that asks for its turn
+            else:  # the assistant opens the conversation: the text up to the header that asks for its turn
                 header = _header(tokenizer, options)
                 before = after[: after.find(header) + len(header)] if header in after else ""
             turns.append((before, after))
@@ -371,7 +384,7 @@ def encode(
         encoded = (untrimmed or without_post_processor(tokenizer))(
             text, add_special_tokens=False, return_offsets_mapping=True
         )
-        # A token that reaches over a turn's border, such as a space with the first word, holds something to learn.
+        # A token that crosses a turn's border, such as a space with the first word, is learnt too.
         labels = [
             token if any(start < high and end > low for low, high in spans) else -100
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"])
@@ -381,7 +394,7 @@ def encode(
 
 
 def _forgets(tokenizer: Any, messages: list[dict], options: dict[str, Any]) -> bool:
-    """Whether reasoning of an earlier turn is not in the text of the whole conversation."""
+    """Return whether the template drops reasoning of an earlier turn from the text of the whole conversation."""
     thoughts = [message[REASONING[0]] for message in messages if message.get(REASONING[0])]
     thoughts += [found["thought"] for message in messages if (found := THOUGHT.match(message.get("content") or ""))]
     if not thoughts:
@@ -391,14 +404,14 @@ def _forgets(tokenizer: Any, messages: list[dict], options: dict[str, Any]) -> b
 
 
 def _header(tokenizer: Any, options: dict[str, Any]) -> str:
-    """Return the text that a template writes to ask for the assistant's turn."""
+    """Return the text that a template renders to ask for the assistant's turn."""
     asked = [{"role": "user", "content": "?"}]
     without = tokenizer.apply_chat_template(asked, **options)
     return tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options).removeprefix(without)
 
 
 def without_post_processor(tokenizer: Any) -> Any:
-    """A tokenizer that leaves the white space in the places that it gives for tokens, which post-processors may trim off."""
+    """Return a copy of the tokenizer whose token offsets include white space, which post-processors may trim off."""
     tokenizer = copy.deepcopy(tokenizer)
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         tokenizer.backend_tokenizer.post_processor = None
@@ -407,13 +420,13 @@ def without_post_processor(tokenizer: Any) -> Any:
 
 def _template(tokenizer: Any, tools: list | None) -> str:
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
+    if isinstance(template, dict):  # several templates, by name
         template = template.get("tool_use" if tools and "tool_use" in template else "default", "")
     return template
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any, str]]:
-    """(name, row, or why there is none)."""
+    """Yield (name, row, reason why there is none)."""
     if source.startswith(sources.HUB):
         for number, row in enumerate(sources.open_hub(source.removeprefix(sources.HUB))):
             yield f"row {number}", _without_nulls(row), ""
@@ -441,7 +454,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables give every message all fields that any message has."""
+    """Remove null fields: tables give every message all fields that any message has."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

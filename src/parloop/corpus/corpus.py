@@ -1,11 +1,10 @@
-"""The corpus: read a source, drop duplicates, split by content, train a tokenizer, pack; all of it kept on disk.
+"""The corpus: read a source, drop duplicates, split by content, train a tokenizer, pack, and store the result on disk.
 
     source -> documents -> (exact duplicates dropped) -> train | validation by the hash of the content
            -> byte-level BPE from the train split -> rows of T tokens
 
-The split depends on nothing but each document's text, so nothing leaks between the two halves and nothing moves between
-runs or machines. Results are cached under a key made of the settings, of the files' names, sizes and times, and of the content of
-a tokenizer that is given as a folder.
+The split depends only on each document's text, so nothing leaks from one half into the other, and it is the same in every run and on every
+machine. The cache key is made of the settings, of the files' names, sizes and times, and of the content of a tokenizer given as a folder.
 """
 
 import hashlib
@@ -34,13 +33,14 @@ from .cache import cache_folder, default_cache
 from .packing import pack
 from .tokenizer import text_ids, train_tokenizer
 
-FORMAT = 3  # raise when what is stored changes
+FORMAT = 3  # increase when the stored files change
 MIN_TRAIN_ROWS, MIN_VALIDATION_DOCUMENTS = 32, 4
-NAMED = 20  # how many left-out files of each reason the summary names
+NAMED = 20  # how many left-out files the summary names per reason
 
 
 def _extension(given: str) -> str:
-    """py, .py and *.py are all .py; an empty one is that of files without."""
+    """Return the extension with one dot: py, .py and *.py all give .py. An empty one stands for files without an
+    extension."""
     return given and "." + given.lstrip("*.")
 
 
@@ -62,6 +62,7 @@ class CorpusSettings:
         object.__setattr__(self, "extensions", tuple(_extension(given) for given in self.extensions))
 
     def key(self) -> str:
+        """Return the cache key: a hash of the settings, the files and the tokenizer."""
         content = [FORMAT, asdict(self), sources.fingerprint(self.source)]
         if self.tokenizer is not None and (file := Path(self.tokenizer, "tokenizer.json")).is_file():
             content.append(hashlib.sha256(file.read_bytes()).hexdigest())
@@ -74,9 +75,10 @@ class Corpus:
 
     Attributes:
         train: rows with input_ids and position_ids, each [T].
-        validation: documents with name, text and bytes.
+        validation: documents with name, text and size in bytes.
         tokenizer: the fast tokenizer.
-        summary: what was read and what was left out, as in `summary.json`.
+        summary: counts of what was read and left out, as in `summary.json`.
+        folder: folder of the stored corpus.
     """
 
     train: Dataset
@@ -86,6 +88,7 @@ class Corpus:
     folder: Path
 
     def print_summary(self, console: Console) -> None:
+        """Print sizes of both splits, and what was left out."""
         s = self.summary
         table = Table(title=f"corpus: {escape(s['source'])}", title_justify="left", show_header=True)
         for column in ("", "documents", "MB", "tokens", "bytes per token"):
@@ -101,11 +104,12 @@ class Corpus:
 
 
 def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Console | None = None) -> Corpus:
-    """The corpus for these settings, from the cache or made now. Where the cache cannot be written, it is made in a temporary folder.
+    """Return the corpus for these settings, from the cache or made now. If the cache is not writable, it is made in a
+    temporary folder.
 
     Raises:
         sources.SourceError: the source cannot be read, or holds too little text.
-        OutputError: neither the cache nor a temporary folder can be written.
+        OutputError: neither the cache nor a temporary folder is writable.
     """
     console = console or Console(stderr=True)
     folder = (cache or default_cache()) / "corpus" / settings.key()
@@ -124,13 +128,16 @@ def load_corpus(settings: CorpusSettings, cache: Path | None = None, console: Co
 
 
 def is_validation(digest: bytes, share: float) -> bool:
-    """Decide by its hash whether a document is kept for validation. (The hash's first bytes order the documents; these are others,
-    so that a limit on the bytes read takes the same share of both splits.)"""
+    """Decide from a document's hash whether it is kept for validation.
+
+    The first bytes of the hash order the documents; this reads later ones, so that a limit on bytes takes the same
+    share of both splits.
+    """
     return int.from_bytes(digest[8:16], "big") < share * 2**64
 
 
 def _make_in(folder: Path, settings: CorpusSettings, console: Console) -> None:
-    """Make the corpus beside its folder, and put it there when it is whole."""
+    """Make the corpus beside its folder, and move it there when it is complete."""
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         _make(settings, scratch, console)
@@ -159,7 +166,7 @@ def _make(settings: CorpusSettings, folder: Path, console: Console) -> None:
 
 
 def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[dict]], dict[str, Any]]:
-    """Documents of each split, in the order of their hashes, and the first part of the summary."""
+    """Return the documents of each split, in the order of their hashes, and the first part of the summary."""
     task = progress.add_task("reading", total=None)
     found: list[tuple[bytes, str, str]] = []
     seen: set[bytes] = set()
@@ -203,7 +210,7 @@ def _read(settings: CorpusSettings, progress: Progress) -> tuple[dict[str, list[
         "settings": asdict(settings),
         "left_out": dict(left_out.most_common()),
         "left_out_names": names,
-        "digest": hashlib.sha256(b"".join(kept)).hexdigest(),  # of the documents of both splits
+        "digest": hashlib.sha256(b"".join(kept)).hexdigest(),  # of both splits
     }
     _enough(settings, documents, summary)
     return documents, summary
@@ -224,7 +231,7 @@ def _enough(settings: CorpusSettings, documents: dict[str, list[dict]], summary:
 
 
 def _tables(source: str) -> str:
-    """Advise on the tables in a folder, which are not read unless they are asked for."""
+    """Return advice on the tables in a folder, which are only read if the source names them."""
     path = Path(os.path.expanduser(source))
     endings = {file.suffix for file in sources.files_of(source)} & {".jsonl", ".parquet"} if path.is_dir() else set()
     globs = " or ".join(repr(str(path / "**" / f"*{ending}")) for ending in sorted(endings))
@@ -238,7 +245,7 @@ def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progr
         except Exception as error:  # transformers raises a dozen kinds for files of a wrong form
             raise sources.SourceError(
                 f"tokenizer {settings.tokenizer!r} cannot be loaded ({first_line(error)}): give a folder with tokenizer.json, a name of the Hub, "
-                f"or none, and one is trained."
+                f"or leave it out to train one."
             ) from error
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise sources.SourceError(
@@ -259,7 +266,7 @@ def _tokenizer(settings: CorpusSettings, documents: dict[str, list[dict]], progr
 
 
 def _store(settings, documents, tokenizer, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Tokenize, pack and write both splits; returns their part of the summary."""
+    """Tokenize, pack and write both splits. Returns their part of the summary."""
     summary = {}
     for split, items in documents.items():
         task = progress.add_task(f"packing {split[:5]}", total=len(items))

@@ -1,7 +1,7 @@
-"""Samples to look at a model with: rows of tokens of one document each, the same ones every time.
+"""Samples for diagnosing a model: rows of tokens of one document each, the same ones every time.
 
-Documents come in the order of their hashes. First the first window of every document, then the second one, and so on, so that
-samples stay as independent as the source allows.
+Documents come in the order of their hashes: first the first window of every document, then every second window, and so on, so that samples
+are as independent as the source allows.
 """
 
 import bisect
@@ -20,15 +20,20 @@ from .tasks import HELD_OUT, Encoder, Task, is_task, task_of
 from .tasks.encode import IGNORED
 from .tokenizer import text_ids
 
-MIN_TOKENS = 16  # a shorter rest of a document is no sample
+MIN_TOKENS = 16  # a shorter remainder of a document is no sample
 
 Document = tuple[str, str]  # name and text
 
 
 @dataclass
 class Sample:
-    """One row: `ids`, with <bos> where the document begins, and `name`, which tokens of which document they are; of a task `labels`, what
-    must be said at the token before, and -100 where nothing is asked."""
+    """One row of tokens.
+
+    Attributes:
+        name: the document, and which of its tokens these are.
+        ids: token ids, with <bos> where the document begins.
+        labels: for a task, the answer to predict at the token before; -100 where nothing is asked.
+    """
 
     name: str
     ids: list[int]
@@ -36,14 +41,18 @@ class Sample:
 
 
 def documents_of(settings: CorpusSettings, samples: int, held_out: bool) -> Iterator[Document]:
-    """The documents of a source to draw samples from. Of a data set of the Hub, as many as there are samples.
+    """Yield the documents of a source to draw samples from; of a Hub data set, only as many as there are samples.
 
     Args:
-        settings: the source and what is read from it; its tokenizer and length are not used.
+        settings: the source and how it is read; tokenizer and length are not used.
+        samples: number of samples.
         held_out: only documents that training with these settings keeps for validation.
 
+    Yields:
+        name and text of a document.
+
     Raises:
-        sources.SourceError: the source cannot be read, or has no text to look at.
+        sources.SourceError: the source cannot be read.
     """
     enough = samples if settings.source.startswith(sources.HUB) else 0
     seen: set[bytes] = set()
@@ -58,38 +67,38 @@ def documents_of(settings: CorpusSettings, samples: int, held_out: bool) -> Iter
 
 
 def draw_samples(documents: Iterable[Document], tokenizer: Any, length: int, samples: int) -> list[Sample]:
-    """At most `samples` rows of at most `length` tokens; none, if no document is long enough.
+    """Draw at most `samples` rows of at most `length` tokens; none, if no document is long enough.
 
-    Texts are not kept but for those of the `samples` smallest hashes among documents that give a row.
+    Only the texts with the `samples` smallest hashes, among documents that give a row, are kept in memory.
 
     Raises:
-        ValueError: a number out of its bounds.
+        ValueError: a number is out of its bounds.
     """
     if length < 1 or samples < 1:
         raise ValueError(f"length={length} and samples={samples} must be at least 1.")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
     def encoded(text: str, tokens: int) -> list[int]:
-        # A token has at least a byte, but rarely more than sixteen characters.
+        # A token rarely has more than sixteen characters.
         return bos + text_ids(tokenizer, text[: 16 * tokens])
 
     def gives_a_row(text: str) -> bool:
-        clearly = len(encoded(text, 4 * MIN_TOKENS)) >= 2 * MIN_TOKENS  # and cheaply
+        clearly = len(encoded(text, 4 * MIN_TOKENS)) >= 2 * MIN_TOKENS  # the cheap test
         return clearly or len(encoded(text, length)[:length]) >= min(MIN_TOKENS, length)
 
     kept: list[tuple[bytes, Document]] = []  # in the order of their hashes
-    distinct: set[bytes] = set()  # up to `samples` of the hashes that there are
+    distinct: set[bytes] = set()  # up to `samples` different hashes
     for name, text in documents:
         digest = _digest(text)
         if len(distinct) < samples:
             distinct.add(digest)
-        place = bisect.bisect_left(kept, digest, key=lambda entry: entry[0])
-        if place == samples:
+        index = bisect.bisect_left(kept, digest, key=lambda entry: entry[0])
+        if index == samples:
             continue
-        if place < len(kept) and kept[place][0] == digest:
-            kept[place] = (digest, (name, text))
+        if index < len(kept) and kept[index][0] == digest:
+            kept[index] = (digest, (name, text))
         elif gives_a_row(text):
-            kept.insert(place, (digest, (name, text)))
+            kept.insert(index, (digest, (name, text)))
             del kept[samples:]
     ids = [encoded(text, length * -(-samples // len(distinct))) for _, (_, text) in kept]
     rows: list[Sample] = []
@@ -102,10 +111,10 @@ def draw_samples(documents: Iterable[Document], tokenizer: Any, length: int, sam
 
 
 def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: int, held_out: bool) -> list[Sample]:
-    """At most `samples` rows of the documents of a source; of a task, whose documents never end, the beginnings of held-out ones.
+    """Return at most `samples` rows of the documents of a source; of a task, the beginnings of held-out documents.
 
     Raises:
-        sources.SourceError: the source cannot be read, or has no document that is long enough; the tokenizer cannot spell the task.
+        sources.SourceError: the source cannot be read, or no document is long enough; the tokenizer cannot spell the task.
     """
     if is_task(settings.source):
         return _of_task(task_of(settings.source), tokenizer, length, samples)
@@ -116,7 +125,7 @@ def samples_of(settings: CorpusSettings, tokenizer: Any, length: int, samples: i
 
 
 def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Sample]:
-    """The beginnings of held-out documents."""
+    """Return the beginnings of a task's held-out documents."""
     encode, rows = Encoder(task, tokenizer), []
     for number in range(samples):
         document = encode(task.document(number, HELD_OUT))
@@ -131,7 +140,7 @@ def _of_task(task: Task, tokenizer: Any, length: int, samples: int) -> list[Samp
 
 
 def no_samples(settings: CorpusSettings, held_out: bool) -> SourceError:
-    """Return the error of a source none of whose documents gives a row."""
+    """Return the error for a source none of whose documents gives a row."""
     share = f" among the {settings.validation_share:.0%} held out of training" if held_out else ""
     return SourceError(
         f"source {settings.source!r} has no document of at least {MIN_TOKENS} tokens{share}: choose another source, or, "
@@ -144,8 +153,11 @@ def _digest(text: str) -> bytes:
 
 
 def padded_batches(rows: list[Sample], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Rows in batches of input_ids and attention_mask [B, T], and labels if they have some, padded on the right; rows of similar length together, so the
-    order changes."""
+    """Batch rows of similar length, so the order changes.
+
+    Returns:
+        batches of input_ids and attention_mask, int64 [B, T], padded on the right, and of labels [B, T] if the rows have some.
+    """
     batches = []
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), batch_size):

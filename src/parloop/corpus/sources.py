@@ -1,7 +1,7 @@
 """Sources of text: Python's own source and installed packages, folders and globs, jsonl and parquet, the Hub.
 
-Every source yields (name, text or None, reason): one document, or why something is not one. Nothing is fatal for one bad
-file; what was left out is counted by reason and named in the corpus's summary.
+Every source yields (name, text or None, reason): a document, or the reason why there is none. A bad file is never fatal; files that are left
+out are counted by reason and named in the corpus's summary.
 """
 
 import errno
@@ -21,24 +21,24 @@ from ..errors import SourceError
 from ..record import printable
 from .tasks import PREFIX
 
-Item = tuple[str, str | None, str]  # name, text or None, why there is no text
+Item = tuple[str, str | None, str]  # name, text or None, reason why there is no text
 
 STDLIB = "stdlib"  # the standard library of the running interpreter
-INSTALLED = "installed"  # that and every installed package
+INSTALLED = "installed"  # the standard library and every installed package
 HUB = "hub:"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # extension -> loader of `datasets`
-TEXT_TOO = ".json"  # is a table if it is asked for, and a text file among others
-DEAL_FILES = 8  # files of tables for each share, so that shares come out about as large
-COLUMN_WITHIN = 1000  # rows in which a column must show up
-BOM = "\ufeff"  # editors leave it at the beginning of a file, and files put together have it inside; it is no part of a text
+JSON = ".json"  # read as a table only if the source names it; in a folder it is a text file
+SHARD_FILES = 8  # files of tables per shard that make shards about equally large
+COLUMN_WITHIN = 1000  # rows within which the column must appear
+BOM = "\ufeff"  # byte order mark: at the beginning of a file, inside concatenated ones; no part of the text
 NOT_TEXT = ("site-packages", "dist-packages", "__pycache__", ".git", ".hg", "node_modules", ".venv")
 
 
 def files_of(source: str) -> list[Path]:
-    """The files of a folder or glob, in an order that does not depend on the machine.
+    """Return the files of a folder or glob, in an order that does not depend on the machine.
 
     Raises:
-        SourceError: nothing is there.
+        SourceError: there are none.
     """
     if source in (STDLIB, INSTALLED):
         paths = sysconfig.get_paths()
@@ -64,7 +64,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def short_name(name: str) -> str:
-    """A document's name without where the interpreter is installed."""
+    """Return a document's name without the folder in which the interpreter is installed."""
     for folder in dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib")):
         if name.startswith(folder + os.sep):
             return name.removeprefix(folder + os.sep)
@@ -72,13 +72,13 @@ def short_name(name: str) -> str:
 
 
 def _walk(top: Path) -> list[Path]:
-    """The files below a folder, and below those that links in it lead to: each folder once, so that links in a circle end, and
-    under its own name if it has one here."""
+    """Return the files below a folder, following links: each folder once, so that circular links end, and under its own
+    name rather than a link's."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    places = [str(top)]
-    for place in places:  # links are added on the way
-        for folder, subfolders, names in os.walk(place, onerror=stop_for):
+    tops = [str(top)]
+    for current in tops:  # links are appended during the loop
+        for folder, subfolders, names in os.walk(current, onerror=stop_for):
             stat = os.stat(folder)
             if (stat.st_dev, stat.st_ino) in seen:
                 subfolders.clear()
@@ -86,19 +86,20 @@ def _walk(top: Path) -> list[Path]:
             seen.add((stat.st_dev, stat.st_ino))
             inside = sorted(name for name in subfolders if name not in NOT_TEXT)
             subfolders[:] = [name for name in inside if not os.path.islink(os.path.join(folder, name))]
-            places += [os.path.join(folder, name) for name in inside if name not in subfolders]
+            tops += [os.path.join(folder, name) for name in inside if name not in subfolders]
             found += [Path(folder, name) for name in sorted(names)]
     return found
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    """What a pattern matches, by glob's rules. (glob itself goes round links in a circle until names become too long.)"""
-    place = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
-    wanted = pattern.parts[place:]
+    """Yield the paths that match a pattern, by glob's rules. (glob itself follows circular links until names become too
+    long.)"""
+    first = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
+    wanted = pattern.parts[first:]
     if not wanted or ".." in wanted:
         yield from map(Path, glob.glob(str(pattern), recursive=True))
         return
-    for top in glob.glob(str(Path(*pattern.parts[:place]))):
+    for top in glob.glob(str(Path(*pattern.parts[:first]))):
         for folder, subfolders, names in os.walk(top, onerror=stop_for, followlinks=True):
             inside = Path(folder).relative_to(top).parts
             if not any(part.startswith(".") for part in wanted):
@@ -111,7 +112,8 @@ def _glob(pattern: Path) -> Iterator[Path]:
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the parts of a path are those of a pattern; ** stands for any number of them. Hidden ones must be asked for."""
+    """Return whether the parts of a path match those of a pattern; ** matches any number of them. Only a pattern part
+    with a dot matches a hidden one."""
     if not pattern or not parts:
         return not parts and set(pattern) <= {"**"}
     hidden = parts[0].startswith(".")
@@ -122,7 +124,7 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _each_once(paths: list[Path]) -> list[Path]:
-    """Sorted, and of the names of one file its own, or the first one."""
+    """Return the paths sorted, each file once: under its own name rather than a link's, or else under the first link's."""
     real: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
         real.setdefault(os.path.realpath(path), path)
@@ -130,10 +132,10 @@ def _each_once(paths: list[Path]) -> list[Path]:
 
 
 def stop_for(error: OSError, path: Any = None) -> None:
-    """Raise if it is the machine that fails, and not the file: what comes later would be missed without a word.
+    """Raise if the machine fails, rather than one file: otherwise all later files would be left out silently.
 
     Raises:
-        SourceError: then.
+        SourceError: the error is the machine's.
     """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise SourceError(
@@ -141,19 +143,20 @@ def stop_for(error: OSError, path: Any = None) -> None:
         ) from error
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.ECONNRESET, errno.ENOTCONN):
         raise SourceError(
-            f"{path or error.filename} cannot be read ({error}). When it can be again, the same command goes on."
+            f"{path or error.filename} cannot be read ({error}). Once it is readable again, the same command continues."
         ) from error
 
 
 def table_endings(source: str) -> set[str]:
-    """Endings of those of a source's files that are tables: none in a folder; .json, which may be text, only if the source ends so."""
+    """Return the extensions of a source's files that are read as tables: none in a folder; .json, which may be text, only
+    if the source ends in it."""
     if source in (STDLIB, INSTALLED) or Path(os.path.expanduser(source)).is_dir():
         return set()
-    return set(TABLES) - ({TEXT_TOO} - {Path(source.rstrip("*")).suffix})
+    return set(TABLES) - ({JSON} - {Path(source.rstrip("*")).suffix})
 
 
 def files_read(settings: Any) -> list[Path]:
-    """The files of a source whose text is read, by their endings. Empty for the Hub."""
+    """Return the files of a source that are read, judged by their extensions. Empty for the Hub."""
     if settings.source.startswith(HUB):
         return []
     tables, every = table_endings(settings.source), not settings.extensions or _is_single(settings.source)
@@ -166,17 +169,17 @@ def fingerprint(source: str) -> list:
     """Identify the content of a source by names, sizes and times of its files. Empty for the Hub."""
     if source.startswith(HUB):
         return []
-    stats = [(path, path.stat() if path.exists() else path.lstat()) for path in files_of(source)]  # of what a link leads to
+    stats = [(path, path.stat() if path.exists() else path.lstat()) for path in files_of(source)]  # of a link's target
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def read_all(settings: Any) -> Iterator[Item]:
-    """All documents that a CorpusSettings names."""
+    """Yield all documents that a CorpusSettings names."""
     return read(settings.source, settings.extensions, settings.text_column, settings.max_file_bytes)
 
 
 def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_bytes: int) -> Iterator[Item]:
-    """All documents of a source, in an order that does not depend on the machine."""
+    """Yield all documents of a source, in an order that does not depend on the machine."""
     if source.startswith(HUB):
         yield from _read_table(open_hub(source.removeprefix(HUB)), text_column, max_file_bytes)
     else:
@@ -191,82 +194,85 @@ def read(source: str, extensions: tuple[str, ...], text_column: str, max_file_by
 
 
 def read_dealt(
-    settings: Any, files: list[Path], share: int, shares: int, order: np.random.Generator, place: Any = None
+    settings: Any, files: list[Path], shard: int, shards: int, order: np.random.Generator, cursor: Any = None
 ) -> Iterator[tuple[Item, Callable[[], Any]]]:
-    """The documents of one share of a source, each with a function that tells the place after it.
+    """Yield the documents of one shard of a source, each with a function that returns the cursor behind it.
 
-    Text files are dealt by their number. So are tables if shares come out about as large: if there are many for each share, or as many for
-    each. If not, their rows are dealt, and every share reads all of them.
+    Text files are sharded by their number. So are tables, if shards become about equally large: if there are many per shard, or equally many.
+    Otherwise rows are sharded, and every shard reads all tables.
 
     Args:
         settings: a CorpusSettings.
-        files: of the source.
-        share, shares: which share, from 0, of how many.
-        order: files are read in an order drawn from it. It must be as it was when the place was taken. (Data sets of the Hub keep theirs.)
-        place: where to go on. None: at the beginning.
+        files: the source's files.
+        shard: number of the shard, from 0.
+        shards: number of shards.
+        order: generator of the order of files. To resume from a cursor it must be in the same state as then. (Hub data sets keep their order.)
+        cursor: where to resume; None: at the beginning.
     """
     source, column, limit = settings.source, settings.text_column, settings.max_file_bytes
     if source.startswith(HUB):
-        yield from _deal_hub(source, column, limit, share, shares, place)
+        yield from _shard_hub(source, column, limit, shard, shards, cursor)
         return
     endings = table_endings(source)
     tables = [path for path in files if path.suffix in endings]
     if not tables:
         if settings.extensions and not _is_single(source):
             files = [path for path in files if path.suffix in settings.extensions]
-        files = files[share::shares]
+        files = files[shard::shards]
         files = [files[i] for i in order.permutation(len(files))]
-        for number in range(place or 0, len(files)):
+        for number in range(cursor or 0, len(files)):
             yield _read_file(files[number], limit), partial(int, number + 1)
         return
     if len(tables) < len(files):
         other = next(path for path in files if path.suffix not in endings)
-        raise SourceError(f"source {source!r} has tables and other files ({tables[0].name}, {other.name}): name them apart.")
-    dealt = (share, shares)
-    if len(tables) >= DEAL_FILES * shares or len(tables) % shares == 0:
-        tables, dealt = tables[share::shares], (0, 1)
+        raise SourceError(
+            f"source {source!r} has tables and other files ({tables[0].name}, {other.name}): name them separately."
+        )
+    of_rows = (shard, shards)
+    if len(tables) >= SHARD_FILES * shards or len(tables) % shards == 0:
+        tables, of_rows = tables[shard::shards], (0, 1)
     tables = [tables[i] for i in order.permutation(len(tables))]
-    first, start, row = place or (0, None, 0)
+    first, start, row = cursor or (0, None, 0)
     for number in range(first, len(tables)):
-        read_rows = _deal_lines if tables[number].suffix == ".jsonl" else _deal_table
+        read_rows = _shard_lines if tables[number].suffix == ".jsonl" else _shard_table
         if number > first:
             start, row = None, 0
         try:
-            for item, after, count in read_rows(tables[number], column, limit, start, row, *dealt):
-                yield item, partial(_table_place, number, after, count)
+            for item, after, count in read_rows(tables[number], column, limit, start, row, *of_rows):
+                yield item, partial(_table_cursor, number, after, count)
         except SourceError:
             raise
         except Exception as error:
             if isinstance(error, OSError):
                 stop_for(error, tables[number])
             reason = f"unreadable as {TABLES[tables[number].suffix]} from some row on"
-            yield (printable(tables[number]), None, reason), partial(_table_place, number + 1, lambda: None, 0)
+            yield (printable(tables[number]), None, reason), partial(_table_cursor, number + 1, lambda: None, 0)
 
 
-def _table_place(number: int, after: Callable[[], Any], row: int) -> list:
+def _table_cursor(number: int, after: Callable[[], Any], row: int) -> list:
     return [number, after(), row]
 
 
-def _deal_lines(path: Path, column: str, limit: int, start: int | None, row: int, share: int, shares: int):
-    """Every `shares`-th row of a .jsonl file from a byte on: the item, a function that tells the next byte, and the next row's number."""
+def _shard_lines(path: Path, column: str, limit: int, start: int | None, row: int, shard: int, shards: int):
+    """Yield every `shards`-th row of a .jsonl file from byte `start` on: the item, a function that returns the next byte, the next row."""
     found, others = start is not None, set()
     with open(path, "rb") as lines:
         lines.seek(start or 0)
         while line := lines.readline():
             row += 1
-            if line.strip() and (row - 1) % shares == share:
+            if line.strip() and (row - 1) % shards == shard:
                 item, columns = _read_line(line, f"{printable(path)}, line {row}", column, limit)
                 found |= column in columns
                 others |= columns
                 if columns and column not in columns:
                     item = (item[0], None, f"no column {column!r}")
                 yield item, partial(int, lines.tell()), row
-            if row == COLUMN_WITHIN * shares and others and not found:
+            if row == COLUMN_WITHIN * shards and others and not found:
                 raise _no_column(column, others, path)
 
 
-def _deal_table(path: Path, column: str, limit: int, start: Any, row: int, share: int, shares: int):
-    """As _deal_lines, for parquet and JSON read by `datasets`; the cursor is the data set's state_dict."""
+def _shard_table(path: Path, column: str, limit: int, start: Any, row: int, shard: int, shards: int):
+    """Yield rows as _shard_lines does, for parquet and JSON read by `datasets`; the cursor is the data set's state_dict."""
     from datasets import load_dataset
 
     rows = load_dataset(TABLES[path.suffix], data_files=[str(path)], split="train", streaming=True)
@@ -276,27 +282,27 @@ def _deal_table(path: Path, column: str, limit: int, start: Any, row: int, share
         if column not in values:
             raise _no_column(column, values, path)
         row += 1
-        if (row - 1) % shares == share:
+        if (row - 1) % shards == shard:
             yield _read_text(values[column], f"{printable(path)}, row {row - 1}", limit), rows.state_dict, row
 
 
-def _deal_hub(source: str, column: str, limit: int, share: int, shares: int, place: Any):
+def _shard_hub(source: str, column: str, limit: int, shard: int, shards: int, cursor: Any):
     from datasets.distributed import split_dataset_by_node
 
-    rows = split_dataset_by_node(open_hub(source.removeprefix(HUB)), rank=share, world_size=shares)
-    row, start = place or (0, None)
+    rows = split_dataset_by_node(open_hub(source.removeprefix(HUB)), rank=shard, world_size=shards)
+    row, start = cursor or (0, None)
     if start is not None:
         rows.load_state_dict(start)
     for values in rows:
         if column not in values:
             raise _no_column(column, values, None)
         row += 1
-        item = _read_text(values[column], f"share {share} of {shares}, row {row - 1}", limit)
+        item = _read_text(values[column], f"share {shard} of {shards}, row {row - 1}", limit)
         yield item, lambda row=row: [row, rows.state_dict()]
 
 
 def _is_single(source: str) -> bool:
-    """Check whether a source names single files, whatever their endings."""
+    """Return whether a source names single files, whatever their extensions."""
     return Path(os.path.expanduser(source)).is_file() or (glob.has_magic(source) and not Path(source).is_dir())
 
 
@@ -341,7 +347,7 @@ def _read_table_file(path: Path, text_column: str, max_file_bytes: int) -> Itera
 
 
 def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[Item]:
-    """A .jsonl file. (The loader of `datasets` gives up a whole file for one line.)"""
+    """Yield the documents of a .jsonl file. (The loader of `datasets` drops a whole file for one bad line.)"""
     found = False
     others: set[str] = set()
     with open(path, "rb") as lines:
@@ -357,10 +363,10 @@ def _read_lines(path: Path, text_column: str, max_file_bytes: int) -> Iterator[I
 
 
 def _read_line(line: bytes, name: str, text_column: str, max_file_bytes: int) -> tuple[Item, set[str]]:
-    """The document in a line of JSON, and the columns that are there."""
+    """Return the document in a line of JSON, and the names of its columns."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         return (name, None, "not JSON"), set()
     if not isinstance(row, dict):
         return (name, None, "not a row with columns"), set()
@@ -394,7 +400,11 @@ def _read_text(text: object, name: str, max_file_bytes: int) -> Item:
 
 
 def open_hub(name: str):
-    """A streamed data set: NAME, NAME:CONFIG, each optionally followed by @SPLIT (default train)."""
+    """Open a streamed data set: NAME or NAME:CONFIG, optionally followed by @SPLIT (default train).
+
+    Raises:
+        SourceError: it cannot be opened.
+    """
     from datasets import load_dataset
 
     name, _, split = name.partition("@")

@@ -1,14 +1,15 @@
-"""Mixtures: several sources, streamed, shuffled and mixed by tokens, with a place in the data that can be saved.
+"""Mixtures: several sources, streamed, shuffled and mixed by tokens, with a cursor that can be saved.
 
-    documents of each source -> dealt to `streams` by their number -> shuffled in blocks -> the source that is most behind its
-    share of the tokens gives the next document -> rows of T tokens
+    documents of each source -> sharded over `streams` by their number -> shuffled in blocks -> the source that is furthest behind
+    its share of the tokens gives the next document -> rows of T tokens
 
-Everything follows from the seed and the place, so a stream that is restored goes on with the very next row: no document is seen twice
-within its source's epoch and none is skipped. Streams do not know of processes: a step takes as many rows of each, in a fixed order,
-and processes share the streams out, so another number of processes reads the same rows.
+The seed and the cursor determine everything, so a restored stream continues with the very next row: within an epoch of its source, no
+document is seen twice and none is skipped. Streams do not depend on processes: a step takes equally many rows of each stream, in a fixed
+order, and the streams are divided among the processes, so any number of processes reads the same rows.
 
-A block of documents is read, shuffled and given out before the next one is read, which makes its place three numbers: where it
-begins, which one it is, and how many of it were given. (A reservoir that is refilled document by document would have to be saved whole.)
+A block of documents is read, shuffled and consumed before the next one is read, so its cursor is three numbers: where the block
+begins, its number, and how many of its documents were consumed. (A reservoir that is refilled document by document would have to be saved
+whole.)
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from .corpus import CorpusSettings, is_validation
 from .packing import collate, pack
 from .tokenizer import document_ids, text_ids
 
-Place = Any  # where in a source a reader is: something that JSON can hold
+Cursor = Any  # position of a reader in a source: a value that JSON can hold
 ENCODED_AT_ONCE = 32
 
 
@@ -50,9 +51,11 @@ class Mixture:
     """A mixture: its sources, their weights, and how they are read.
 
     Attributes:
+        parts: the sources and their weights.
         length: T, tokens per row.
-        streams: independent streams that documents are dealt to.
+        streams: number of independent streams that documents are sharded over.
         shuffle_documents: documents of a source that are shuffled at a time, over all streams.
+        seed: seed of the shuffling.
     """
 
     parts: list[Part]
@@ -63,35 +66,36 @@ class Mixture:
     _files: dict[str, list[Path]] = field(default_factory=dict, repr=False)
 
     def digest(self) -> str:
-        """Hash names and sizes of the files that are read. Data sets of the Hub count by name only."""
+        """Hash the names and sizes of the files that are read. Hub data sets enter by name only."""
         files = [sources.fingerprint(part.settings.source) for part in self.parts]
         known = [[part.settings.source, [entry[:2] for entry in found]] for part, found in zip(self.parts, files)]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def files_of(self, part: Part) -> list[Path]:
-        """The files of a source, looked for once. Empty for the Hub."""
+        """Return the files of a source, listed once. Empty for the Hub."""
         source = part.settings.source
         if source not in self._files:
             self._files[source] = [] if source.startswith(sources.HUB) else sources.files_of(source)
         return self._files[source]
 
     def sample_texts(self, max_bytes: int) -> Iterator[str]:
-        """Documents to train on, mixed by bytes, until `max_bytes`: for a tokenizer."""
+        """Yield training documents, mixed by bytes, up to `max_bytes`, to train a tokenizer on."""
         readers = [
-            _Dealt(part.settings, 0, 1, number, self.seed, 50, self.files_of(part)) for number, part in enumerate(self.parts)
+            _Shard(part.settings, 0, 1, number, self.seed, 50, self.files_of(part)) for number, part in enumerate(self.parts)
         ]
         given, left = [0.0] * len(self.parts), set(range(len(self.parts)))
         while sum(given) < max_bytes and left:
             number = min(left, key=lambda i: given[i] / self.parts[i].weight)
             _, text = readers[number].next()
-            if readers[number].epoch:  # it was read to its end
+            if readers[number].epoch:  # read to its end
                 left.discard(number)
                 continue
             given[number] += len(text.encode("utf-8", "replace"))
             yield text
 
     def validation_documents(self, tokenizer: Any, tokens: int) -> list[np.ndarray]:
-        """Token ids of held-out documents: of each source as many tokens as its weight says, `tokens` in all if there are so many."""
+        """Return token ids of held-out documents: `tokens` in all if there are as many, shared among the sources by
+        weight."""
         total, documents = sum(part.weight for part in self.parts), []
         for part in self.parts:
             wanted = math.ceil(tokens * part.weight / total)
@@ -109,8 +113,8 @@ def _held_out(text: str, settings: CorpusSettings) -> bool:
     return is_validation(digest, settings.validation_share)
 
 
-class _Dealt:
-    """The documents of one source that one stream gets, epoch after epoch, in shuffled blocks."""
+class _Shard:
+    """Documents of one source for one stream, epoch after epoch, in shuffled blocks."""
 
     def __init__(
         self, settings: CorpusSettings, stream: int, streams: int, number: int, seed: int, block_size: int, files: list[Path]
@@ -118,21 +122,21 @@ class _Dealt:
         self.settings, self.stream, self.streams, self.files = settings, stream, streams, files
         self.seed, self.number, self.block_size = seed, number, block_size
         self.epoch = 0
-        self.block_number = -1  # of this epoch
-        self.block_place: Place = None  # where the block begins; None: at the epoch's beginning
-        self.given = 0  # documents of the block that were given out
-        self.left_out: Counter[str] = Counter()  # by reason, in blocks before this one
+        self.block_number = -1  # within this epoch
+        self.block_cursor: Cursor = None  # where the block begins; None: at the epoch's beginning
+        self.given = 0  # documents of the block that were consumed
+        self.left_out: Counter[str] = Counter()  # by reason, in earlier blocks
         self.left_out_of_block: Counter[str] = Counter()
         self.block: list[tuple[str, str]] = []
-        self.items: Iterator[tuple[sources.Item, Callable[[], Place]]] | None = None
-        self.next_place: Callable[[], Place] = lambda: None
-        self.found = False  # a document, in this epoch
+        self.items: Iterator[tuple[sources.Item, Callable[[], Cursor]]] | None = None
+        self.next_cursor: Callable[[], Cursor] = lambda: None
+        self.found = False  # whether this epoch has given a document
 
     def next(self) -> tuple[str, str]:
-        """(name, text) of the next document.
+        """Return (name, text) of the next document.
 
         Raises:
-            SourceError: the source cannot be read, or has nothing for this stream.
+            SourceError: the source cannot be read, or has no document for this stream.
         """
         while self.given >= len(self.block):
             self._next_block()
@@ -140,18 +144,18 @@ class _Dealt:
         return self.last()
 
     def last(self) -> tuple[str, str]:
-        """The document that `next` gave last."""
+        """Return (name, text) of the document that `next` returned last."""
         return self.block[self.given - 1]
 
     def peek(self, count: int) -> list[tuple[str, str]]:
-        """Up to `count` documents that follow in this block."""
+        """Return up to `count` documents that follow in this block."""
         return self.block[self.given : self.given + count]
 
     def _next_block(self) -> None:
-        place = self.next_place() if self.items is not None else self.block_place
+        cursor = self.next_cursor() if self.items is not None else self.block_cursor
         self.left_out += self.left_out_of_block
         self.block_number += 1
-        self._read_block(place)
+        self._read_block(cursor)
         if not self.block:  # the epoch is over
             if not self.found:
                 left_out = self.left_out + self.left_out_of_block
@@ -167,15 +171,15 @@ class _Dealt:
             self._read_block(None)
         self.given = 0
 
-    def _read_block(self, place: Place) -> None:
-        """Read and shuffle the block that begins at a place."""
-        self.block_place, self.left_out_of_block, self.block = place, Counter(), []
+    def _read_block(self, cursor: Cursor) -> None:
+        """Read and shuffle the block that begins at a cursor."""
+        self.block_cursor, self.left_out_of_block, self.block = cursor, Counter(), []
         if self.items is None:
             order = np.random.default_rng([self.seed, self.number, self.stream, self.epoch])
-            self.items = sources.read_dealt(self.settings, self.files, self.stream, self.streams, order, place)
-        self.next_place = lambda: place
-        for (name, text, reason), next_place in self.items:
-            self.next_place = next_place
+            self.items = sources.read_dealt(self.settings, self.files, self.stream, self.streams, order, cursor)
+        self.next_cursor = lambda: cursor
+        for (name, text, reason), next_cursor in self.items:
+            self.next_cursor = next_cursor
             if text is None:
                 self.left_out_of_block[reason] += 1
             elif not _held_out(text, self.settings):
@@ -183,25 +187,27 @@ class _Dealt:
                 if len(self.block) == self.block_size:
                     break
         if self.block:
-            # A generator of the Hub knows its place only until it goes on.
-            after = self.next_place()
-            self.next_place = lambda: after
+            # A Hub data set knows its cursor only until it reads on.
+            after = self.next_cursor()
+            self.next_cursor = lambda: after
             self.found = True
             rng = np.random.default_rng([self.seed, self.number, self.stream, self.epoch, self.block_number])
             self.block = [self.block[i] for i in rng.permutation(len(self.block))]
 
     def state(self) -> dict[str, Any]:
+        """Return the cursor, as JSON holds it."""
         return {
             "source": self.settings.source,
             "epoch": self.epoch,
             "block": self.block_number,
-            "place": self.block_place,
+            "place": self.block_cursor,
             "given": self.given,
             "left_out": dict(self.left_out),
             "left_out_of_block": dict(self.left_out_of_block),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a cursor that `state` returned."""
         self.epoch, self.block_number, self.found = state["epoch"], state["block"], True
         self.left_out, self.items = Counter(state["left_out"]), None
         if self.block_number >= 0:
@@ -210,26 +216,26 @@ class _Dealt:
 
 
 class Stream:
-    """One stream of a mixture: rows of T tokens without end."""
+    """One stream of a mixture: an endless sequence of rows of T tokens."""
 
     def __init__(self, mixture: Mixture, tokenizer: Any, number: int):
         self.mixture, self.tokenizer, self.number = mixture, tokenizer, number
         options = (number, mixture.streams)
         block = max(1, mixture.shuffle_documents // mixture.streams)
         self.parts = [
-            _Dealt(part.settings, *options, i, mixture.seed, block, mixture.files_of(part))
+            _Shard(part.settings, *options, i, mixture.seed, block, mixture.files_of(part))
             for i, part in enumerate(mixture.parts)
         ]
-        self.ahead: list[list[np.ndarray]] = [[] for _ in self.parts]  # documents of each that are encoded already
+        self.ahead: list[list[np.ndarray]] = [[] for _ in self.parts]  # encoded documents of each part, not yet used
         self.tokens = [0] * len(self.parts)
         self.documents = [0] * len(self.parts)
-        self.last = 0  # the part that gave the last document
-        self.rest = np.zeros(0, dtype=np.int32)  # of that document
+        self.last = 0  # index of the part that gave the last document
+        self.rest = np.zeros(0, dtype=np.int32)  # remaining tokens of that document
         self.rest_name = ""
         self.rows = 0
 
     def row(self) -> dict[str, Any]:
-        """The next row: input_ids and position_ids, int32 [T], and the names of its documents."""
+        """Return the next row: input_ids and position_ids, int32 [T], and the names of its documents."""
         T = self.mixture.length
         pieces, names = ([self.rest], [self.rest_name]) if len(self.rest) else ([], [])
         total = len(self.rest)
@@ -261,17 +267,21 @@ class Stream:
         return name, ids
 
     def state(self) -> dict[str, Any]:
+        """Return the cursors of all parts and the counts so far, as JSON holds them."""
         return {
             "stream": self.number,
             "rows": self.rows,
             "tokens": list(self.tokens),
             "documents": list(self.documents),
             "last": self.last,
-            "rest": len(self.rest),  # the document is read again: this is kept at every step, and must be small
+            "rest": len(
+                self.rest
+            ),  # only its length: the state is kept at every step and must be small, so the document is read again
             "parts": [part.state() for part in self.parts],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the state that `state` returned."""
         self.rows, self.tokens, self.documents = state["rows"], list(state["tokens"]), list(state["documents"])
         for part, kept in zip(self.parts, state["parts"]):
             part.restore(kept)
@@ -283,13 +293,17 @@ class Stream:
 
 @dataclass
 class StreamLoader:
-    """Batches of a process's share of every step's rows.
+    """Loader of a process's share of every step's rows, in batches.
 
     Attributes:
+        mixture: the mixture to read.
+        tokenizer: its tokenizer.
         batch_size: rows of a step, over all processes.
-        accumulation: batches that a process's rows of a step come in.
-        index, processes: which process this is, of how many.
-        prefetch: steps that a worker process reads ahead; 0: none, read where they are wanted.
+        accumulation: number of batches that a process's rows of a step are divided into.
+        index: number of this process.
+        processes: number of processes.
+        prefetch: steps that a worker process reads ahead; 0: no worker process.
+        states: cursors of this process's streams, after the last step that was consumed.
     """
 
     mixture: Mixture
@@ -299,9 +313,7 @@ class StreamLoader:
     index: int = 0
     processes: int = 1
     prefetch: int = 4
-    states: dict[int, dict] = field(
-        default_factory=dict
-    )  # of this process's streams, after the last step that was given out
+    states: dict[int, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         S, W = self.mixture.streams, self.processes
@@ -314,9 +326,9 @@ class StreamLoader:
         self.first, self.each, self.per_stream = first, each, per_stream
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # Without a collate_fn, DataLoader would walk through all of the states.
+        # Without a collate_fn, DataLoader would recurse through all states.
         loader = DataLoader(
-            _Batches(self), batch_size=None, collate_fn=_as_it_is, num_workers=1 if self.prefetch else 0,
+            _Batches(self), batch_size=None, collate_fn=_unchanged, num_workers=1 if self.prefetch else 0,
             prefetch_factor=self.prefetch or None,
         )  # fmt: skip
         for batch, states, error in loader:
@@ -327,25 +339,25 @@ class StreamLoader:
             yield batch
 
     def steps(self) -> Iterator[tuple[list[dict[str, Any]], dict[int, dict]]]:
-        """This process's rows of each step, and the states of its streams after it."""
+        """Yield this process's rows of each step, and the states of its streams after it."""
         _allow_open_files()
         streams = {number: Stream(self.mixture, self.tokenizer, number) for number in self.own}
         for number, state in self.states.items():
             streams[number].restore(state)
         while True:
             rows = [(s * self.per_stream + n, streams[s].row()) for s in self.own for n in range(self.per_stream)]
-            mine = [row for place, row in rows if self.first <= place < self.first + self.each]
+            mine = [row for index, row in rows if self.first <= index < self.first + self.each]
             yield mine, {number: stream.state() for number, stream in streams.items()}
 
     def save(self, folder: Path) -> None:
-        """The place of this process's streams; each stream's first process writes it."""
+        """Write the cursors of this process's streams; the first process of each stream writes it."""
         folder.mkdir(parents=True, exist_ok=True)
         for number, state in self.states.items():
             if self.first <= number * self.per_stream < self.first + self.each:
                 (folder / f"stream-{number:04}.json").write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Go on from a place that any number of processes saved.
+        """Continue from cursors that any number of processes saved.
 
         Raises:
             CheckpointError: it was saved with another number of streams.
@@ -353,24 +365,27 @@ class StreamLoader:
         there = places_in(folder)
         if len(there) != self.mixture.streams:
             raise CheckpointError(
-                f"{str(folder)!r} holds the places of {len(there)} streams, but data_streams={self.mixture.streams}."
+                f"{str(folder)!r} holds the cursors of {len(there)} streams, but data_streams={self.mixture.streams}."
             )
         self.states = {number: json.loads(there[number].read_text(encoding="utf-8")) for number in self.own}
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 class _Batches(IterableDataset):
-    """Batches, the states after the step with its last one, and an error's text instead, which a worker could not raise legibly."""
+    """Yields (batch, states, None), with states only at the last batch of a step, or (None, None, text of an error).
+
+    Errors are passed as text, because a worker process would raise them illegibly.
+    """
 
     def __init__(self, loader: StreamLoader):
         self.loader = loader
 
     def __iter__(self):
         if torch.utils.data.get_worker_info() is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process cannot
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would hang in a forked process
         size = self.loader.each // self.loader.accumulation
         try:
             for rows, states in self.loader.steps():
@@ -382,7 +397,7 @@ class _Batches(IterableDataset):
 
 
 def _allow_open_files() -> None:
-    """Every stream holds a file of every source open, and the usual limit is 1024."""
+    """Raise the limit of open files, usually 1024: every stream holds a file of every source open."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -393,12 +408,16 @@ def _allow_open_files() -> None:
 
 
 def places_in(folder: Path) -> list[Path]:
-    """The files with the places of streams, in the order of the streams."""
+    """Return the files with the cursors of streams, in the order of the streams."""
     return sorted(path for path in folder.glob("stream-*.json") if re.fullmatch(r"stream-\d+\.json", path.name))
 
 
 def what_was_read(folder: Path) -> list[dict[str, Any]]:
-    """Sum up what was read of each source of a mixture, from a checkpoint's cursors: tokens, documents, highest epoch, skipped documents."""
+    """Sum up what was read from each source of a mixture: tokens, documents, highest epoch, and documents left out, by reason.
+
+    Args:
+        folder: checkpoint with the cursors of all streams.
+    """
     read: list[dict[str, Any]] = []
     for path in places_in(folder):
         state = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the spot and saved as a standard fast tokenizer."""
+"""A byte-level BPE tokenizer, trained on the corpus and saved as a standard fast tokenizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,23 +11,27 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 0, 1, 2
 
 
 def text_ids(tokenizer: Any, text: Any) -> Any:
-    """Token ids of a text, or of each of a list: of the text alone, in which a string like <|eos|> is text and no border."""
+    """Return the token ids of a text, or of each text of a list.
+
+    No special tokens are added, and a string such as <|eos|> in the text is encoded as text, not as a border.
+    """
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def document_ids(tokenizer: Any, text: str) -> np.ndarray:
-    """int32 ids of a document, between its borders."""
+    """Return the ids of a document between its borders, <bos> text <eos>, int32 [tokens]."""
     return np.array([tokenizer.bos_token_id, *text_ids(tokenizer, text), tokenizer.eos_token_id], dtype=np.int32)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train on `texts`.
+    """Train a tokenizer on `texts`.
 
     Args:
-        vocab_size: in ids: 3 special ones, 256 bytes, the rest merges.
+        texts: training documents.
+        vocab_size: number of ids: 3 special tokens, 256 bytes, the rest merges.
 
     Raises:
-        ValueError: vocab_size too small for bytes.
+        ValueError: vocab_size is too small for the bytes.
     """
     if vocab_size < 259:
         raise ValueError(f"vocab_size={vocab_size} must be at least 259: 256 bytes and 3 special tokens.")

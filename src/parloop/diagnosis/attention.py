@@ -1,8 +1,8 @@
-"""Where every loop looks: attention distributions of a running model, a few queries at a time.
+"""Attention distributions of every loop, from a running model, a few queries at a time.
 
-The model keeps its own attention backend. A hook on each layer's attention takes the rotated queries and keys and the gate, and
-computes the distributions again for a block of queries, so that no H x T x T map ever exists; of the loop before, it remembers
-queries, window keys and gates only.
+The model keeps its own attention backend. A hook on each layer's attention takes the rotated queries and keys and the gate, and recomputes
+the distributions for a block of queries, so that no H x T x T map ever exists. From the loop before it keeps only queries, window keys and
+gates.
 """
 
 from typing import Any
@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from ..model.modeling import PLTAttention, PLTModel
 from .lenses import entropy, gated_mixture, head_relations, kl, mean_off_diagonal
 
-BLOCK_BYTES = 64 * 2**20  # of one block of log-probabilities; about ten of that size are alive at once
+BLOCK_BYTES = 64 * 2**20  # of one block of log-probabilities; about ten such tensors are alive at once
 
 
 def who_sees_whom(real_BT: torch.Tensor, document_BT: torch.Tensor) -> torch.Tensor:
-    """Loop 1's keys of every query, bool [B, T, T]: real tokens of the same document up to itself. Every token sees itself,
-    padding too, since a softmax over nothing is not a number."""
+    """Return the keys that loop 1 lets every query attend to, bool [B, T, T]: real tokens of the same document, up to the
+    query.
+
+    Every token attends to itself, padding too, since a softmax over no keys is NaN.
+    """
     T = real_BT.shape[1]
     order = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
     same = document_BT[:, :, None] == document_BT[:, None, :]
@@ -26,7 +29,7 @@ def who_sees_whom(real_BT: torch.Tensor, document_BT: torch.Tensor) -> torch.Ten
 
 
 def log_attention(q_BHTK, k_BGSK, allowed_BTS, scaling: float) -> torch.Tensor:
-    """log softmax(q k^T * scaling) over the allowed keys, [B, H, T, S], in float32 or better."""
+    """Return log softmax(q k^T * scaling) over the allowed keys, [B, H, T, S], in float32 or better."""
     dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
     q = q_BHTK.to(dtype).unflatten(1, (k_BGSK.shape[1], -1)) * scaling  # [B, G, H/G, T, K]
     scores = (q @ k_BGSK.to(dtype)[:, :, None].transpose(-1, -2)).flatten(1, 2)  # [B, H, T, S]
@@ -34,7 +37,7 @@ def log_attention(q_BHTK, k_BGSK, allowed_BTS, scaling: float) -> torch.Tensor:
 
 
 class AttentionLenses:
-    """Collects attention lenses while the model runs one batch loop by loop; a context manager.
+    """Context manager that collects attention lenses while the model runs one batch loop by loop.
 
     Attributes:
         sums: name -> [loops, layers, B], summed over real tokens and averaged over heads: attention_entropy, attention_kl,
@@ -55,7 +58,7 @@ class AttentionLenses:
         self.sums = {name: torch.zeros(shape, **options) for name in self.NAMES}
         self.gate_by_head = torch.zeros(*shape, H, **options)
         self.cosines = torch.zeros(num_loops, H, H, **options)
-        self._before: dict[int, tuple] = {}  # layer -> q, own k, g of the loop before
+        self._before: dict[int, tuple] = {}  # layer -> q, k, g of the loop before
         self._k1: dict[int, torch.Tensor] = {}
 
     def __enter__(self) -> "AttentionLenses":
@@ -103,18 +106,18 @@ class AttentionLenses:
             self.cosines[loop] += (cosine * real[:, :, None, None]).sum((0, 1))
         if loop + 1 < self.loops:
             self._before[layer] = now
-        else:  # the last loop looked at
+        else:  # the last loop of the diagnosis
             self._before.pop(layer, None)
             self._k1.pop(layer, None)
 
     def _distribution(self, layer: int, of: tuple, rows: slice, scaling: float) -> torch.Tensor:
-        """log A of a block of queries over the keys up to its end: loop 1's, or the gated mixture."""
+        """Return log A of a block of queries over the keys up to its end: loop 1's, or the gated mixture."""
         q, k, g = of
         allowed = self.allowed[:, rows, : rows.stop]
         log_global = log_attention(q[:, :, rows], self._k1[layer][:, :, : rows.stop], allowed, scaling)
         if g is None:
             return log_global
-        first = max(0, rows.start - self.w)  # keys further left are in no window of this block
+        first = max(0, rows.start - self.w)  # earlier keys are in no window of this block
         ahead = torch.arange(rows.start, rows.stop, device=q.device)[:, None] - torch.arange(
             first, rows.stop, device=q.device
         )

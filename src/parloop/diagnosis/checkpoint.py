@@ -1,4 +1,4 @@
-"""Diagnose a checkpoint on real text: load it, draw samples, look, and keep everything a report needs."""
+"""Diagnose a checkpoint on real text: load it, draw samples, apply the lenses, and collect everything that a report needs."""
 
 import contextlib
 import hashlib
@@ -41,16 +41,17 @@ def diagnose_checkpoints(
 
     Args:
         checkpoints: folders or Hub names.
-        output: folder of the report. Default: runs/diagnose-NAMES, with a hash if another diagnosis has that folder.
-        command: what the report says it was made with.
-        options: as of `diagnose_checkpoint`.
+        output: folder of the report. Default: runs/diagnose-NAMES, followed by a hash if that folder holds another diagnosis.
+        console: where progress is printed; default: the standard error.
+        command: the command that the report names; default: this process's own.
+        **options: keyword arguments of `diagnose_checkpoint`.
 
     Returns:
         the diagnoses, in the order of the checkpoints. results.json in the folder holds the same.
 
     Raises:
-        CheckpointError, SourceError, DiagnosisError: with what to do.
-        OutputError: the folder cannot be written, or holds something else or a diagnosis of others.
+        CheckpointError, SourceError, DiagnosisError: as `diagnose_checkpoint`.
+        OutputError: the folder cannot be written, or holds something other than a diagnosis of these checkpoints.
     """
     if not checkpoints:
         raise CheckpointError("name at least one checkpoint: parloop diagnose runs/study-quick/r2-seed0")
@@ -82,18 +83,29 @@ def diagnose_checkpoint(
     """Diagnose one checkpoint. Nothing is written.
 
     Args:
-        data: a source of text, as for training. Default: what the model's recipe.yaml trained on (of a mixture, the source with the
-            largest share), or the standard library.
-            Of the text that a model was trained on, only its held-out documents are used.
-        samples: rows, each from one document as far as there are enough.
-        length: tokens per sample. Default: the recipe's, else 1024, at most the model's.
-        loops: loop count; default: as trained.
-        held_out: names and texts of the documents that training held out, where they are at hand: the source is not read then.
-        model: the checkpoint's model, where it is loaded already; device and dtype are then its own.
-        on_batch: called after each batch with its number of samples; no bar is shown then.
+        checkpoint: folder or Hub name.
+        data: a source of text, as for training. Default: the source in the model's recipe.yaml (of a mixture, the one with the largest
+            share), or the standard library. Of text that the model was trained on, only held-out documents are used.
+        extensions: extensions of the files to read in a folder, instead of the recipe's.
+        samples: number of rows, each from a document of its own if there are enough.
+        length: tokens per sample. Default: the recipe's, otherwise 1024, at most the model's.
+        loops: loop count; default: the trained one.
+        batch_size: samples per forward pass.
+        device: auto, cpu or cuda.
+        dtype: dtype of the weights; auto: the checkpoint's.
+        center_rank: take the effective rank of centred states.
+        held_out: names and texts of the held-out documents, if they are known already; the source is then not read.
+        model: the checkpoint's model, if it is loaded already; device and dtype are then its own.
+        on_batch: called after each batch with its number of samples; no progress bar is then shown.
+        console: where progress is printed; default: the standard error.
+
+    Returns:
+        the diagnosis, with advice and settings.
 
     Raises:
-        CheckpointError, SourceError, DiagnosisError: with what to do.
+        CheckpointError: the checkpoint cannot be loaded.
+        SourceError: the source cannot be read, or has no document that is long enough.
+        DiagnosisError: a number is out of its bounds, or the model cannot be diagnosed.
     """
     console = console or Console(stderr=True)
     if samples < 1 or batch_size < 1 or (length is not None and length < 2):
@@ -158,7 +170,7 @@ def diagnose_checkpoint(
 def _rows(
     text: Text, tokenizer: Any, length: int, samples: int, held_out: Iterable[Document] | None, data: str | None
 ) -> list[Sample]:
-    """Draw samples: from documents that are at hand, or of the source.
+    """Draw samples from the given documents, or from the source.
 
     Raises:
         SourceError: there are none.

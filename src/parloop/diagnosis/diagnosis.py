@@ -1,10 +1,10 @@
-"""Run a model over samples and look through every lens: `diagnose(model, batches) -> Diagnosis`.
+"""Run a model over samples and apply every lens: `diagnose(model, batches) -> Diagnosis`.
 
-    batch -> loops 1 .. R+1 of the model (attention lenses look in while it runs) -> states -> hidden-state lenses
+    batch -> loops 1 .. R+1 of the model (attention lenses, by hooks) -> states -> hidden-state lenses
           -> predictions, a few tokens at a time -> output lenses -> one value per sample, loop and lens
 
-Loop R+1, which the model was not trained for, gives the fixed-point gap of loop R and the loss of one loop more. Only real
-tokens count: padding is left out, and neither a shift, nor a neighbour, nor a next token crosses into another document.
+Loop R+1, which the model was not trained for, gives the fixed-point gap of loop R and the loss with one more loop. Only real tokens count:
+padding is left out, and no shift, neighbour or next token crosses into another document.
 """
 
 import difflib
@@ -34,15 +34,15 @@ from .lenses import (
     token_rank,
 )
 
-LOGIT_BYTES = 128 * 2**20  # of the logits of one loop that are looked at at once
+LOGIT_BYTES = 128 * 2**20  # of one loop's logits that are processed at a time
 
 
 @dataclass
 class Diagnosis:
-    """What every lens saw.
+    """Values of every lens.
 
     Attributes:
-        loops: R, the number of loops looked at.
+        loops: R, the number of loops that were run.
         trained_loops: the configuration's loop count.
         values: lens -> [samples, R], one value per sample and loop; NaN where a lens does not exist for a loop. The lenses and
             their units are in `lenses.LENSES`.
@@ -64,10 +64,15 @@ class Diagnosis:
 
     @property
     def samples(self) -> int:
+        """Number of samples."""
         return len(self.tokens)
 
     def mean(self, lens: str, loop: int) -> Interval:
-        """Mean over samples with its 95% bootstrap interval; loops count from 1. NaN where the lens does not exist.
+        """Return the mean of a lens over samples, with its 95% bootstrap interval; NaN where the lens does not exist.
+
+        Args:
+            lens: name of the lens, as in `lenses.LENSES`.
+            loop: number of the loop, from 1.
 
         Raises:
             DiagnosisError: there is no such lens or loop.
@@ -75,7 +80,7 @@ class Diagnosis:
         return _mean_of_known(self._of(lens, loop))
 
     def change(self, lens: str, loop: int, since: int | None = None) -> Interval:
-        """Mean of the lens at `loop` minus at `since` (default: the loop before) on the same samples, with its interval.
+        """Return the mean of the lens at `loop` minus at `since` (default: the loop before) on the same samples, with its interval.
 
         NaN where the lens does not exist for one of them.
 
@@ -88,22 +93,22 @@ class Diagnosis:
         return _mean_of_known(now - self._of(lens, loop - 1 if since is None else since, "since"))
 
     def _of(self, lens: str, loop: int, name: str = "loop") -> np.ndarray:
-        """The lens's values at a loop, [samples]."""
+        """Return the values of a lens at a loop, [samples]."""
         if lens not in self.values:
             close = difflib.get_close_matches(str(lens), self.values, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(self.values)}."
             raise DiagnosisError(f"there is no lens {lens!r}: {hint}")
         if isinstance(loop, bool) or not hasattr(loop, "__index__") or not 1 <= operator.index(loop) <= self.loops:
             there = "1" if self.loops == 1 else f"1 to {self.loops}"
-            raise DiagnosisError(f"{name}={loop!r} is no loop of this diagnosis: there are {there}.")
+            raise DiagnosisError(f"{name}={loop!r} is not a loop of this diagnosis: there are {there}.")
         return self.values[lens][:, operator.index(loop) - 1]
 
     def one_more(self) -> Interval:
-        """Change of the loss by loop R + 1, in nats per token, on the same samples."""
+        """Return the change of the loss by loop R + 1, in nats per token, on the same samples."""
         return _mean_of_known(self.one_more_loss - self.values["loss"][:, -1])
 
     def joined(self, other: "Diagnosis") -> "Diagnosis":
-        """This and another diagnosis of the same model, as one of all samples."""
+        """Return one diagnosis of all samples, from this one and another one of the same model."""
         share = other.tokens.sum() / (self.tokens.sum() + other.tokens.sum())
 
         def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # means over tokens
@@ -120,7 +125,7 @@ class Diagnosis:
         )
 
     def summary(self) -> dict[str, list[Any]]:
-        """lens -> for every loop [mean, low, high], or None."""
+        """Return lens -> for every loop [mean, low, high], or None."""
         result: dict[str, list[Any]] = {}
         for lens in self.values:
             intervals = [self.mean(lens, loop).as_list() for loop in range(1, self.loops + 1)]
@@ -128,12 +133,16 @@ class Diagnosis:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it, with the `summary` beside: lists, and None for what is not a number."""
+        """Return the diagnosis as JSON holds it, with its `summary`: lists, and None for NaN."""
         return {name: plain(value) for name, value in vars(self).items()} | {"summary": self.summary()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
-        """Return what `to_dict` took apart. Raises ValueError or TypeError: it is none."""
+        """Rebuild a diagnosis from the content that `to_dict` returned.
+
+        Raises:
+            ValueError, TypeError: the content is not a diagnosis.
+        """
         return build(cls, content)
 
 
@@ -146,27 +155,29 @@ def diagnose(
     center_rank: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Diagnosis:
-    """Look at a PLTForCausalLM through every lens.
+    """Diagnose a PLTForCausalLM with every lens.
 
     Args:
-        batches: dictionaries with input_ids [B, T], and for padded rows attention_mask [B, T], for packed rows position_ids
-            [B, T] that restart with every document. Where they have labels [B, T], as transformers' models take them, losses and ranks are
-            those of the tokens with a label. A row is a sample. Memory does not grow with the number of batches.
+        model: the model, or peft's wrapper of it.
+        batches: dictionaries with input_ids [B, T], for padded rows attention_mask [B, T], for packed rows position_ids [B, T] that
+            restart with every document. If they have labels [B, T], in transformers' convention, losses and ranks are those of the tokens
+            with a label. A row is a sample. Memory does not grow with the number of batches.
         num_loops: R; default: the configuration's.
         center_rank: take the effective rank of centred states.
         on_batch: called after each batch with its number of samples.
 
     Returns:
-        A Diagnosis: every lens of every sample, with means and intervals.
+        values of every lens per sample and loop, with means and intervals.
 
     Raises:
-        DiagnosisError: another architecture, no samples, rows without two neighbouring tokens or longer than the model allows.
+        DiagnosisError: the model has another architecture, there are no samples, or a row has no two neighbouring tokens or is longer
+            than the model allows.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise DiagnosisError(
-            "this adapter learns a prompt, which the lenses would not see: diagnose the model itself, or one with another adapter."
+            "this adapter learns a prompt, which the lenses do not cover: diagnose the model itself, or one with another adapter."
         )
-    if hasattr(model, "get_base_model"):  # peft's wrapper; its adapters are inside of the layers
+    if hasattr(model, "get_base_model"):  # peft's wrapper; its adapters are inside the layers
         model = model.get_base_model()
     config = getattr(model, "config", None)
     if not isinstance(config, PLTConfig) or not hasattr(model, "lm_head"):
@@ -189,22 +200,22 @@ def diagnose(
     finally:
         model.train(was_training)
     if seen is None:
-        raise DiagnosisError("there are no samples to look at: batches is empty.")
+        raise DiagnosisError("there are no samples: batches is empty.")
     return seen
 
 
 def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -> Diagnosis:
-    """One batch."""
+    """Diagnose one batch."""
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     ids_BT = inputs["input_ids"]
     real, document = _tokens_and_documents(model.config, inputs)
     follows = (real[:, 1:] & real[:, :-1]) & (document[:, 1:] == document[:, :-1])  # [B, T-1]: is t + 1 the successor of t?
     if not bool(follows.any(-1).all()):
         raise DiagnosisError("a sample has no two neighbouring tokens of one text: use longer texts, or leave it out.")
-    said, asked = _targets(ids_BT, batch.get("labels"), follows)
+    targets, asked = _targets(ids_BT, batch.get("labels"), follows)
 
     with AttentionLenses(model.model, R, real, document) as attention, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="num_loops=")  # loop R + 1 is looked at because it is untrained
+        warnings.filterwarnings("ignore", message="num_loops=")  # loop R + 1 is run on purpose
         later = model.model(**inputs, use_cache=False, num_loops=R + 1).loop_states
     dtype = torch.promote_types(later[0].dtype, torch.float32)
     states = [model.model.embed_tokens(ids_BT), *later]  # h_0 .. h_{R+1}, each [B, T, D]
@@ -229,7 +240,7 @@ def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -
         for r in range(LENSES[name].first_loop, R + 1):
             keep(name, r, sums[r - 1].sum(0) / (tokens * L))
 
-    outputs = _output_lenses(model.lm_head, states[1:], said, real, asked, dtype)
+    outputs = _output_lenses(model.lm_head, states[1:], targets, real, asked, dtype)
     for name in ("output_entropy", "output_shift", "token_rank", "loss"):
         for r in range(LENSES[name].first_loop, R + 1):
             keep(name, r, outputs[name][r - 1])
@@ -261,7 +272,7 @@ def _look_at(model, batch: dict[str, torch.Tensor], R: int, center_rank: bool) -
 
 
 def _tokens_and_documents(config: PLTConfig, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are real, bool [B, T], and which document each belongs to, int [B, T]."""
+    """Return which tokens are real, bool [B, T], and the number of each token's document, int [B, T]."""
     ids_BT = inputs["input_ids"]
     if ids_BT.ndim != 2 or ids_BT.shape[1] < 2:
         raise DiagnosisError(f"input_ids has shape {tuple(ids_BT.shape)}: samples are rows of at least two tokens, [B, T].")
@@ -278,35 +289,36 @@ def _tokens_and_documents(config: PLTConfig, inputs: dict[str, torch.Tensor]) ->
 
 
 def _targets(ids_BT: torch.Tensor, labels: torch.Tensor | None, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What must be predicted at every token but the last, [B, T-1], and where that counts: the next token, unless labels say."""
+    """Return the token to predict at every position but the last, [B, T-1], and where it counts: the next token, unless
+    there are labels."""
     if labels is None:
         return ids_BT[:, 1:], follows
-    said = labels.to(ids_BT.device)[:, 1:]
-    asked = follows & (said >= 0)
+    targets = labels.to(ids_BT.device)[:, 1:]
+    asked = follows & (targets >= 0)
     if not bool(asked.any(-1).all()):
         raise DiagnosisError(
-            "a sample has labels, but none of a token that follows another one: use longer texts, or leave it out."
+            "a sample has labels, but none at a token that follows another one: use longer texts, or leave it out."
         )
-    return said.clamp(min=0), asked
+    return targets.clamp(min=0), asked
 
 
-def _output_lenses(head, states, said, real, asked, dtype) -> dict[str, Any]:
-    """Lenses of p_1 .. p_{R+1}: name -> for every loop a value per sample [B] (shares of tokens: [B, R-1])."""
+def _output_lenses(head, states, next_tokens, real, asked, dtype) -> dict[str, Any]:
+    """Compute the lenses of p_1 .. p_{R+1}: name -> for every loop a value per sample [B] (share_tokens: [B, R-1])."""
     R, (B, T) = len(states) - 1, real.shape
     names = ("output_entropy", "output_shift", "loss")
-    sums = {name: said.new_zeros(R + 1, B, dtype=torch.float64) for name in names}
-    decides = said.new_zeros(B, max(R - 1, 1), dtype=torch.float64)
-    ranks = said.new_zeros(R, B, T - 1)
+    sums = {name: next_tokens.new_zeros(R + 1, B, dtype=torch.float64) for name in names}
+    decides = next_tokens.new_zeros(B, max(R - 1, 1), dtype=torch.float64)
+    ranks = next_tokens.new_zeros(R, B, T - 1)
     block = max(1, LOGIT_BYTES // (B * head.out_features * 4))
     for start in range(0, T, block):
         rows = slice(start, min(start + block, T))
-        targets = slice(start, min(start + block, T - 1))  # the last token's successor is not known
+        targets = slice(start, min(start + block, T - 1))  # the last token has no known successor
         n = targets.stop - targets.start
         shift_RBt, log_before = [], None
         for r, state in enumerate(states):
             log_p = head(state[:, rows]).to(dtype).log_softmax(-1)  # [B, block, V]
             if n > 0:
-                token = said[:, targets]
+                token = next_tokens[:, targets]
                 nll_Bt = -log_p[:, :n].gather(-1, token[..., None])[..., 0]
                 sums["loss"][r] += (nll_Bt * asked[:, targets]).sum(-1)
                 if r < R:
@@ -333,15 +345,15 @@ def _output_lenses(head, states, said, real, asked, dtype) -> dict[str, Any]:
 
 
 def _mean(value_BT: torch.Tensor, counted_BT: torch.Tensor) -> torch.Tensor:
-    """Mean over the counted tokens of each sample, [B]."""
+    """Return the mean over the counted tokens of each sample, [B]."""
     return (value_BT * counted_BT).sum(-1, dtype=torch.float64) / counted_BT.sum(-1)
 
 
 def _median(values: torch.Tensor) -> float:
-    return float(values.double().quantile(0.5))  # of an even number, the mean of the middle two
+    return float(values.double().quantile(0.5))  # of an even count, the mean of the middle two
 
 
 def _mean_of_known(values: np.ndarray) -> Interval:
-    """Of those that are not NaN; NaN if there are none."""
+    """Return the mean of the values that are not NaN, with its interval; NaN if there are none."""
     known = values[~np.isnan(values)]
     return bootstrap_mean(known) if len(known) else Interval(np.nan, np.nan, np.nan)

@@ -1,4 +1,4 @@
-"""Figures of a diagnosis, of one checkpoint or of several side by side."""
+"""Figures of a diagnosis, for one checkpoint or several side by side."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ OUTPUT = ("loss", "token_rank", "output_shift", "output_entropy")
 NO_GRID = {"axes.grid": False}
 SHARES = ("share_output_shift", "share_attention_kl", "share_tokens")
 CAPTIONS = {
-    "scissors": "Gain against cost: the output shift of each loop (log axis) and what its offset distorts",
+    "scissors": "Gain against cost: the output shift of each loop (log axis) and the distortion by its offset",
     "hidden": "Hidden states",
     "attention": "Attention",
     "output": "Predictions",
@@ -31,7 +31,7 @@ CAPTIONS = {
 
 @styled()
 def lens_figures(diagnoses: Named) -> dict[str, Figure]:
-    """Every figure that these diagnoses have data for, by its name in CAPTIONS."""
+    """Draw every figure that these diagnoses have data for, by its name in CAPTIONS."""
     loops = max(d.loops for d in diagnoses.values())
     figures = {}
     if loops > 1:
@@ -48,7 +48,7 @@ def lens_figures(diagnoses: Named) -> dict[str, Figure]:
 
 
 def styles(diagnoses: Named) -> dict[str, dict[str, Any]]:
-    """One look per diagnosis: that of its loop count, or if two share a count, of its place."""
+    """Return one style per diagnosis: that of its loop count, or if two have the same count, of its index."""
     if len(diagnoses) == 1:
         return {label: look(1) for label in diagnoses}
     counts = [d.loops for d in diagnoses.values()]
@@ -57,7 +57,7 @@ def styles(diagnoses: Named) -> dict[str, dict[str, Any]]:
 
 
 def _draw(axes, diagnoses: Named, lens: str, **changes) -> None:
-    """Means with 95% intervals against the loop."""
+    """Draw means with 95% intervals against the loop."""
     for label, style in styles(diagnoses).items():
         d = diagnoses[label]
         first = LENSES[lens].first_loop
@@ -77,7 +77,7 @@ def _axis(axes, diagnoses: Named, lens: str) -> None:
 
 
 def panel(diagnoses: Named, lenses: tuple[str, ...]) -> Figure:
-    """Four lenses against the loop."""
+    """Draw four lenses against the loop."""
     figure, grid = panels(2, 2, (6.8, 5.0), sharex=True)
     for axes, lens in zip(grid.flat, lenses):
         _draw(axes, diagnoses, lens)
@@ -92,7 +92,7 @@ def panel(diagnoses: Named, lenses: tuple[str, ...]) -> Figure:
 
 
 def scissors(diagnoses: Named) -> Figure:
-    """Output shift on a log axis against offset cost, loops 2 to R."""
+    """Draw output shift on a log axis against offset cost, loops 2 to R."""
     figure, axes = panels()
     cost = axes.twinx()
     cost.grid(False)
@@ -120,7 +120,7 @@ def scissors(diagnoses: Named) -> Figure:
 
 
 def refinement_shares(diagnoses: Named) -> Figure:
-    """Bars: loops' shares of output shift, of attention KL, and of tokens."""
+    """Draw bars of the loops' shares of output shift, of attention KL, and of tokens."""
     looped = {label: d for label, d in diagnoses.items() if d.loops > 1}
     figure, grid = panels(1, len(looped), (max(9.6 if len(looped) > 1 else 6.4, 3.2 * len(looped)), 3.6), sharey=True)
     for axes, (label, d) in zip(np.atleast_1d(grid).flat, looped.items()):
@@ -143,14 +143,14 @@ def refinement_shares(diagnoses: Named) -> Figure:
 
 @styled(**NO_GRID)
 def gates(diagnoses: Named) -> Figure:
-    """A map of layers and heads for every loop from 2 on."""
+    """Draw a map of layers and heads for every loop from 2 on."""
     maps = [(label, loop, d.gate_by_head[loop - 1]) for label, d in diagnoses.items() for loop in range(2, d.loops + 1)]
     return _maps(maps, len(diagnoses) > 1, "head", "layer", "gate (share of global)", vmin=0.0, vmax=1.0, cmap="cividis")
 
 
 @styled(**NO_GRID)
 def head_similarity(diagnoses: Named) -> Figure:
-    """Cosines between heads for every loop."""
+    """Draw the cosines between heads for every loop."""
     maps = [(label, loop, d.head_cosines[loop - 1]) for label, d in diagnoses.items() for loop in range(1, d.loops + 1)]
     return _maps(maps, len(diagnoses) > 1, "head", "head", "cosine", vmin=0.0, vmax=1.0, cmap="viridis")
 
@@ -175,7 +175,7 @@ def _maps(maps, many: bool, x: str, y: str, unit: str, **options) -> Figure:
 
 
 def by_layer(diagnoses: Named) -> Figure:
-    """Attention entropy and inter-loop KL of every layer; a line per loop."""
+    """Draw attention entropy and inter-loop KL of every layer, one line per loop."""
     many = len(diagnoses) > 1
     figure, grid = panels(len(diagnoses), 2, (6.8, 1.2 + 2.2 * len(diagnoses)), sharex="row")
     for row, (label, d) in zip(grid, diagnoses.items()):

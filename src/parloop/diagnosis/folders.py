@@ -1,4 +1,4 @@
-"""Which folder a diagnosis goes into, and whose it is."""
+"""The folder of a diagnosis: its default name, and the checkpoints that it belongs to."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ from ..folder import DIAGNOSIS, OutputFolder, claimed, read_claim
 
 
 def subjects(checkpoints: Iterable[str | Path]) -> str:
-    """What a folder with a diagnosis is about: folders by their whole paths, and names of the Hub."""
-    return ", ".join(os.path.realpath(place) if Path(place).is_dir() else str(place) for place in checkpoints)
+    """Return the identity of a diagnosis's checkpoints: absolute paths of folders, names of the Hub."""
+    return ", ".join(os.path.realpath(name) if Path(name).is_dir() else str(name) for name in checkpoints)
 
 
 def default_folder(checkpoints: Iterable[str | Path]) -> Path:
-    """runs/diagnose-NAMES; if that is about other checkpoints of these names, a hash is appended."""
+    """Return runs/diagnose-NAMES, followed by a hash if that folder is about other checkpoints of these names."""
     checkpoints = list(checkpoints)
-    names = "-".join(Path(os.path.realpath(place)).name for place in checkpoints)[:80]
+    names = "-".join(Path(os.path.realpath(name)).name for name in checkpoints)[:80]
     folder, about = Path("runs", f"diagnose-{names}"), subjects(checkpoints)
     if os.path.lexists(folder) and read_claim(folder).get("of") != about:
         return folder.with_name(f"{folder.name}-{hashlib.sha256(about.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}")
@@ -27,9 +27,9 @@ def default_folder(checkpoints: Iterable[str | Path]) -> Path:
 def diagnosis_folder(
     folder: str | Path | OutputFolder, checkpoints: Iterable[str | Path]
 ) -> AbstractContextManager[OutputFolder]:
-    """A folder, claimed for a diagnosis of these checkpoints.
+    """Claim a folder for a diagnosis of these checkpoints.
 
     Raises:
-        OutputError: it cannot be written, or holds something else or a diagnosis of others.
+        OutputError: it cannot be written, or holds something other than a diagnosis of these checkpoints.
     """
     return claimed(folder, DIAGNOSIS, of=subjects(checkpoints), going_on="the diagnosis begins again")

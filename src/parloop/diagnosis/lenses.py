@@ -1,4 +1,4 @@
-"""The lenses: what a loop adds and what it costs, as functions of states, attention distributions and logits.
+"""The lenses: measures of a loop's gain and cost, as functions of states, attention distributions and logits.
 
 Definitions follow LoopCoder-v2 (arXiv 2606.18023, the per-loop diagnostics of its gain-cost analysis). Notation: h_r [.., D] is
 loop r's state of a token after the final norm, h_0 the embedding; A_r an attention distribution of loop r over positions;
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Lens:
-    """What a lens is called, measured in, and read as; and the first loop that it exists for."""
+    """A lens: its title, unit, definition and interpretation, and the first loop that it exists for."""
 
     title: str
     unit: str
@@ -31,7 +31,7 @@ LENSES = {
         "angular change",
         "cosine",
         "cos(h_r − h_{r−1}, h_{r−1} − h_{r−2}) per token",
-        "1: the loop goes on in the same direction; below 0: it takes back what the last one did",
+        "1: the loop continues in the same direction; below 0: it undoes part of the loop before",
         2,
     ),
     "effective_rank": Lens(
@@ -41,10 +41,10 @@ LENSES = {
         "diversity of the representation: another loop may pay while it rises",
     ),
     "fixed_point_gap": Lens(
-        "fixed-point gap", "length", "‖h_r − f(h_r)‖ per token, f the model's next loop", "refinement that is left"
+        "fixed-point gap", "length", "‖h_r − f(h_r)‖ per token, f the model's next loop", "remaining refinement"
     ),
     "offset_cost": Lens(
-        "offset cost Ω", "length", "‖h_{r−1,i} − h_{r−1,i−1}‖ over neighbours", "what the shift into the loop distorts", 2
+        "offset cost Ω", "length", "‖h_{r−1,i} − h_{r−1,i−1}‖ over neighbours", "distortion by the shift into the loop", 2
     ),
     "attention_entropy": Lens(
         "attention entropy", "nats", "−Σ A_r log A_r per head and query", "low: focused; high: diffuse"
@@ -65,16 +65,16 @@ LENSES = {
         "logit-lens rank", "rank", "median rank of the true next token under p_r (1 is best)", "how close the answer is"
     ),
     "output_shift": Lens(
-        "output shift Δp", "nats", "KL(p_r ‖ p_{r−1}) per token", "the gain of the loop: what it changes", 2
+        "output shift Δp", "nats", "KL(p_r ‖ p_{r−1}) per token", "gain of the loop: change of the prediction", 2
     ),
     "output_entropy": Lens("output entropy", "nats", "entropy of p_r per token", "low: confident"),
-    "loss": Lens("loss", "nats per token", "−log p_r of the true next token", "what running this model with r loops gives"),
+    "loss": Lens("loss", "nats per token", "−log p_r of the true next token", "loss of this model when run with r loops"),
     "share_output_shift": Lens("share of output shift", "share", "the loop's share of Σ Δp", "where the output moves", 2),
     "share_attention_kl": Lens(
         "share of attention KL", "share", "the loop's share of Σ attention KL", "where the routing moves", 2
     ),
     "share_tokens": Lens(
-        "share of tokens", "share", "tokens whose largest Δp is this loop's", "whose prediction this loop decides", 2
+        "share of tokens", "share", "tokens whose largest Δp is this loop's", "tokens whose prediction this loop decides", 2
     ),
 }
 
@@ -83,16 +83,19 @@ LENSES = {
 
 
 def step_size(h: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """‖h_r − h_{r−1}‖ of states [.., D]. With `h` one more loop on, this is the fixed-point gap of `before`."""
+    """Return ‖h_r − h_{r−1}‖ of states, [.., D] -> [..].
+
+    If `h` is the state one loop later, this is the fixed-point gap of `before`.
+    """
     return (h - before).norm(dim=-1)
 
 
 def angular_change(h: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor) -> torch.Tensor:
-    """Cosine between the loop's step and the step before it, of states [.., D]; 0 where a step has no length.
+    """Return the cosine between the loop's step and the step before it, [.., D] -> [..]; 0 where a step has no length.
 
-    (A text's first token reads no predecessor, so all loops from 2 on give it the same state.) At loop 2 the step before leads
-    from the small embedding to a normed state, so the value is negative for nearly any model: compare it between models, and
-    read its sign from loop 3 on.
+    (A text's first token reads no predecessor, so all loops from 2 on give it the same state.) At loop 2 the step before leads from the
+    small embedding to a normed state, so the value is negative for nearly any model: compare it between models, and interpret its sign
+    only from loop 3 on.
     """
     step, last = h - before, before - before_that
     still = (step.norm(dim=-1) < 1e-5 * h.norm(dim=-1)) | (last.norm(dim=-1) < 1e-5 * h.norm(dim=-1))
@@ -100,56 +103,63 @@ def angular_change(h: torch.Tensor, before: torch.Tensor, before_that: torch.Ten
 
 
 def offset_cost(h: torch.Tensor) -> torch.Tensor:
-    """‖h_i − h_{i−1}‖ of neighbours, [.., T, D] -> [.., T-1]: what reading the left neighbour's state instead of one's own
-    changes. The cost of loop r is that of its input h_{r−1}."""
+    """Return ‖h_i − h_{i−1}‖ of neighbours, [.., T, D] -> [.., T-1]: the change from reading the left neighbour's state
+    instead of one's own.
+
+    The cost of loop r is that of its input h_{r−1}.
+    """
     return (h[..., 1:, :] - h[..., :-1, :]).norm(dim=-1)
 
 
 def effective_rank(h: torch.Tensor, center: bool = False) -> torch.Tensor:
-    """exp(entropy of σ / Σσ), σ the singular values of the RMS-normalized rows of h [n, D]: a number from 1 to min(n, D).
+    """Return exp(entropy of σ / Σσ), a number from 1 to min(n, D); σ are the singular values of h's RMS-normalized rows.
 
     Args:
-        center: subtract the mean row first. The paper does not say; by default it is kept.
+        h: states, [n, D].
+        center: subtract the mean row first. The paper does not say whether it does; by default the mean is kept.
     """
-    rows = F.normalize(h, dim=-1)  # RMS normalization up to a common factor, which σ / Σσ does not see
+    rows = F.normalize(h, dim=-1)  # RMS normalization up to a common factor, which cancels in σ / Σσ
     if center:
         rows = rows - rows.mean(0)
     return _spread(torch.linalg.svdvals(rows))
 
 
 def _spread(sigma: torch.Tensor) -> torch.Tensor:
-    """exp(entropy) of weights σ [.., k] normalized to one."""
+    """Return exp(entropy) of weights σ [.., k] normalized to one."""
     share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.special.entr(share).sum(-1).exp()
 
 
-# Distributions, as logarithms, so that nothing underflows; -inf is an impossible outcome
+# Distributions, as logarithms, so that nothing underflows; -inf marks an impossible outcome
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
-    """−Σ p log p in nats, [.., S] -> [..]."""
+    """Return −Σ p log p in nats, [.., S] -> [..]."""
     return torch.special.entr(log_p.exp()).sum(-1)
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) in nats, [.., S] -> [..]. Infinite if p is possible where q is not."""
+    """Return KL(p ‖ q) in nats, [.., S] -> [..]; infinite if p is positive where q is zero."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
 def gated_mixture(log_global: torch.Tensor, log_local: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """log of g * global + (1 - g) * local: what a token of loop r >= 2 reads, as one distribution over positions.
+    """Return the log of g * global + (1 - g) * local: attention of a token in loop r >= 2, as one distribution over positions.
 
-    The values differ (the global part reads loop 1's, the local part the loop's own), so this is where a loop looks, not what
-    it finds there.
+    The values differ (the global part reads loop 1's, the local part the loop's own), so this shows which positions a loop attends to,
+    not what it reads there.
     """
     return torch.logaddexp(g.log() + log_global, (-g).log1p() + log_local)
 
 
 def head_relations(attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the heads x positions matrix of every query, [.., H, S]: its effective rank [..], and the cosines between heads
-    [.., H, H]. Rows are used as they are, neither centred nor scaled."""
-    gram = (attention @ attention.transpose(-1, -2)).double()  # singular values are the roots of its eigenvalues
+    """Return the effective rank [..] of every query's heads x positions matrix [.., H, S], and the cosines between its
+    heads [.., H, H].
+
+    Rows are used as they are, neither centred nor scaled.
+    """
+    gram = (attention @ attention.transpose(-1, -2)).double()  # singular values are the square roots of its eigenvalues
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     cosine = gram / (length[..., :, None] * length[..., None, :])
@@ -157,7 +167,7 @@ def head_relations(attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def mean_off_diagonal(cosine: torch.Tensor) -> torch.Tensor:
-    """Mean over pairs of different heads, [.., H, H] -> [..]; 1 if there is one head only."""
+    """Return the mean over pairs of different heads, [.., H, H] -> [..]; 1 if there is only one head."""
     H = cosine.shape[-1]
     if H == 1:
         return cosine.new_ones(cosine.shape[:-2])
@@ -169,12 +179,12 @@ def mean_off_diagonal(cosine: torch.Tensor) -> torch.Tensor:
 
 
 def token_rank(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Rank of `token` [..] under logits [.., V]: 1 plus the number of tokens that score higher."""
+    """Return the rank of `token` [..] under logits [.., V]: 1 plus the number of tokens that score higher."""
     own = logits.gather(-1, token[..., None])
     return 1 + (logits > own).sum(-1)
 
 
 def shares(values: torch.Tensor) -> torch.Tensor:
-    """Each loop's share of the sum over loops, [.., loops 2..R]; equal shares if there is nothing to share."""
+    """Return each loop's share of the sum over loops, [.., loops 2..R]; equal shares if the sum is zero."""
     total = values.sum(-1, keepdim=True)
     return torch.where(total > 0, values / total.where(total > 0, 1.0), 1.0 / values.shape[-1])

@@ -17,10 +17,10 @@ from .results import CheckpointDiagnosis, DiagnosisResult
 
 
 def write_report(result: DiagnosisResult, folder: str | Path | OutputFolder) -> Path:
-    """Write results.json, lenses.csv, report.html and the figures as PNG. Returns the path of the page.
+    """Write results.json, lenses.csv, report.html and the figures as PNG. Return the path of report.html.
 
     Raises:
-        OutputError: the folder is not a diagnosis of these checkpoints, or cannot be written.
+        OutputError: the folder holds something other than a diagnosis of these checkpoints, or cannot be written.
     """
     shown = views(result.checkpoints, result.labels())
     with diagnosis_folder(folder, [one.checkpoint for one in result.checkpoints]) as out:
@@ -36,7 +36,7 @@ def write_report(result: DiagnosisResult, folder: str | Path | OutputFolder) -> 
 
 
 def views(checkpoints: list[CheckpointDiagnosis], labels: list[str]) -> list[dict[str, Any]]:
-    """Return the checkpoints as templates read them, each with its `label` and its `summary`."""
+    """Return the checkpoints as dictionaries for templates, each with its `label` and its `summary`."""
     return [
         vars(one) | {"label": label, "summary": one.diagnosis.summary()}
         for one, label in zip(checkpoints, labels, strict=True)
@@ -44,13 +44,13 @@ def views(checkpoints: list[CheckpointDiagnosis], labels: list[str]) -> list[dic
 
 
 def drawings(shown: list[dict[str, Any]], out: OutputFolder) -> dict[str, tuple[str, Markup]]:
-    """Write the figures as lenses-NAME.png. Returns name -> caption, <svg> element."""
+    """Write the figures as lenses-NAME.png. Return name -> (caption, <svg> element)."""
     figures = lens_figures({one["label"]: one["diagnosis"] for one in shown})
     return put({name: (CAPTIONS[name], figure) for name, figure in figures.items()}, out, "lenses-")
 
 
 def _compared(shown: list[dict[str, Any]]) -> str:
-    """Return the losses of several checkpoints on the same samples; empty if there is one, or they saw different tokens."""
+    """Return a sentence that compares several checkpoints on the same samples; empty if there is only one."""
     if len(shown) < 2:
         return ""
     if len({json.dumps([one["settings"]["data"], one["settings"]["length"], one["sample_hash"]]) for one in shown}) > 1:

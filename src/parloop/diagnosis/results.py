@@ -1,4 +1,4 @@
-"""What a diagnosis of checkpoints returns, and how it is shown on a terminal."""
+"""The result of a diagnosis, and its tables on a terminal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ class TokenView:
     """Every loop's predictions on a piece of text, see `tokens.token_view`.
 
     Attributes:
-        document: which tokens of which document they are.
-        first: text of the first token, which nothing predicts.
-        view: one entry for each token after it.
+        document: the document, and which of its tokens these are.
+        first: text of the first token, which is not predicted.
+        view: one entry for each later token.
     """
 
     document: str
@@ -27,14 +27,14 @@ class TokenView:
 
 @dataclass
 class CheckpointDiagnosis(Result):
-    """One checkpoint on one text.
+    """Diagnosis of one checkpoint on one text.
 
     Attributes:
         checkpoint: folder or Hub name.
-        diagnosis: what every lens saw.
-        sample_hash: of the tokens looked at; two checkpoints with the same one saw the same.
-        verdict: advice.
-        tokens: token by token, a piece of the text.
+        diagnosis: values of every lens.
+        sample_hash: hash of the samples' tokens; equal for checkpoints that were diagnosed on the same ones.
+        verdict: the advice.
+        tokens: predictions on a piece of the text, token by token.
         settings: loop counts, sizes, text, device, versions.
     """
 
@@ -48,14 +48,15 @@ class CheckpointDiagnosis(Result):
     settings: dict[str, Any]
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the diagnosis."""
         from rich.text import Text
 
-        told = f"{self.settings['data']}: trained on this text? {self.settings['trained_on_this_text']}."
+        text = f"{self.settings['data']}: trained on this text? {self.settings['trained_on_this_text']}."
         verdict = Text.assemble((self.verdict.headline, "bold"), f" {self.verdict.sureness}\n")
-        return [self._table(), Text(told), verdict]
+        return [self._table(), Text(text), verdict]
 
     def _table(self) -> Any:
-        """Return the lenses, a column per loop, with 95% intervals."""
+        """Return a table of the lenses with 95% intervals, one column per loop."""
         from rich.table import Table
         from rich.text import Text
 
@@ -71,12 +72,12 @@ class CheckpointDiagnosis(Result):
 
 @dataclass
 class DiagnosisResult(Result):
-    """Checkpoints on one text each, side by side.
+    """Diagnoses of several checkpoints, side by side.
 
     Attributes:
         command: the command that made it.
-        checkpoints: in the order that they were given.
-        folder: where the report is.
+        checkpoints: their diagnoses, in the given order.
+        folder: folder of the report.
     """
 
     command: str
@@ -84,10 +85,11 @@ class DiagnosisResult(Result):
     folder: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the diagnoses."""
         return [part for checkpoint in self.checkpoints for part in checkpoint.shown()]
 
     def labels(self) -> list[str]:
-        """Return what reports call the checkpoints: the loop count, with the checkpoint's name where several have the same."""
+        """Return the checkpoints' names in reports: the loop count, with the checkpoint's name if several have the same."""
         counts = [one.diagnosis.loops for one in self.checkpoints]
         names = [
             f"R = {n}" if counts.count(n) == 1 else f"{Path(one.checkpoint).name} (R = {n})"
@@ -96,7 +98,7 @@ class DiagnosisResult(Result):
         return names if len(set(names)) == len(names) else [f"{name} [{i}]" for i, name in enumerate(names, 1)]
 
     def rows(self) -> list[list[Any]]:
-        """Return the lines of lenses.csv."""
+        """Return the rows of lenses.csv."""
         lines: list[list[Any]] = [["checkpoint", "lens", "unit", "loop", "mean", "low", "high"]]
         for one in self.checkpoints:
             for lens, loops in one.diagnosis.summary().items():

@@ -1,7 +1,7 @@
-"""Which text a checkpoint is looked at with, and whether it may have been trained on it.
+"""The text that a checkpoint is diagnosed on, and whether the checkpoint may have been trained on it.
 
-What a checkpoint was trained on, its recipe.yaml says, and those of the checkpoints that it was made from. Text that one of them names
-is used all the same, but only documents that training held out.
+The recipe.yaml of a checkpoint, and those of the checkpoints that it was made from, name its training text. Of such text, only documents
+that training held out are used.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ class Text:
     """The text of a diagnosis.
 
     Attributes:
-        settings: the source and what is read from it.
-        held_out: only documents that training held out.
-        trained_on: whether the model may have been trained on it: "no: ..." or "may be: ...", and why.
-        recipe: that of the checkpoint, if there is one, and its file.
+        settings: the source and how it is read.
+        held_out: whether only documents that training held out are used.
+        trained_on: whether the model may have been trained on the text: "no: ..." or "may be: ...", and why.
+        recipe: the checkpoint's recipe, if there is one.
+        recipe_file: file of this recipe.
     """
 
     settings: CorpusSettings
@@ -36,12 +37,13 @@ class Text:
 
 
 def choose_text(checkpoint: str | Path, data: str | None = None, extensions: list[str] | None = None) -> Text:
-    """Choose the text to look at a checkpoint with.
+    """Choose the text to diagnose a checkpoint on.
 
     Args:
-        data: a source. Default: what the checkpoint's recipe trained on (of a mixture, the source with the largest share), or the
-            standard library.
-        extensions: which files of a folder are read, instead of the recipe's.
+        checkpoint: folder or Hub name.
+        data: a source. Default: the source in the checkpoint's recipe (of a mixture, the one with the largest share), or the standard
+            library.
+        extensions: extensions of the files to read in a folder, instead of the recipe's.
 
     Raises:
         SourceError: there is no such source.
@@ -61,46 +63,49 @@ def choose_text(checkpoint: str | Path, data: str | None = None, extensions: lis
         settings = dataclasses.replace(settings, extensions=tuple(extensions))
 
     if is_task(settings.source):
-        return Text(settings, True, _told_of_task(settings.source, history, unknown), recipe, recipe_file)
+        return Text(settings, True, _trained_on_task(settings.source, history, unknown), recipe, recipe_file)
     gone: list[str] = []
     named = [own] if own else []
     for file, part in parts:
         if not any(file == other for other, _ in named) and _share_files(settings, part, gone, file):
-            if not named:  # as that source was read
-                ways = {"source": settings.source} | ({"extensions": settings.extensions} if extensions else {})
-                settings = dataclasses.replace(part, **ways)  # type: ignore[arg-type]
+            if not named:  # read the source as training read it
+                changes = {"source": settings.source} | ({"extensions": settings.extensions} if extensions else {})
+                settings = dataclasses.replace(part, **changes)  # type: ignore[arg-type]
             named.append((file, part))
     if named:
         settings = dataclasses.replace(settings, validation_share=min(part.validation_share for _, part in named))
-    talks = [
+    conversations = [
         file
         for file, past in history
         if isinstance(past, ChatRecipe)
         and _share_files(settings, CorpusSettings(source=past.chat, extensions=()), gone, file)
     ]
-    return Text(settings, bool(named), _told(history, named, talks, gone, unknown), recipe, recipe_file)
+    return Text(settings, bool(named), _trained_on(history, named, conversations, gone, unknown), recipe, recipe_file)
 
 
 def trainings(checkpoint: str | Path) -> tuple[list[tuple[Path, Recipe | ChatRecipe]], str | None]:
-    """Return the recipes that a checkpoint was trained by, the last one first, with their files; and the checkpoint that the first one
-    began with, if it is not known what that was trained on."""
+    """Follow a checkpoint back through its trainings.
+
+    Returns:
+        the recipes with their files, the last training first; and the checkpoint at the beginning, if its training data are not known.
+    """
     found: list[tuple[Path, Recipe | ChatRecipe]] = []
-    place: str | None = str(checkpoint)
-    while place is not None:
-        folder = Path(place)
-        if re.fullmatch(r"checkpoint-\d+", folder.name):  # of a run that goes on
+    current: str | None = str(checkpoint)
+    while current is not None:
+        folder = Path(current)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):  # the run's folder holds the recipe
             folder = folder.parent
         file = folder / "recipe.yaml"
         if not file.is_file() or any(file.samefile(other) for other, _ in found):
-            return found, place
+            return found, current
         recipe = load_recipe(file)
         found.append((file, recipe))
-        place = recipe.model if isinstance(recipe, ChatRecipe) else recipe.init_from
+        current = recipe.model if isinstance(recipe, ChatRecipe) else recipe.init_from
     return found, None
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two spellings mean the same source."""
+    """Return whether two spellings mean the same source."""
     return _resolved(one) == _resolved(other)
 
 
@@ -119,7 +124,7 @@ def _by_weight(recipe: Recipe) -> list[dict]:
 
 
 def _share_files(one: CorpusSettings, other: CorpusSettings, gone: list[str], file: Path) -> bool:
-    """Whether two sources have documents of the same files. Notes what is not there any more."""
+    """Return whether two sources have documents in the same files. Appends to `gone` a source that no longer exists."""
     if same_source(one.source, other.source):
         return True
     if any(part.source.startswith(sources.HUB) or is_task(part.source) for part in (one, other)):
@@ -127,16 +132,16 @@ def _share_files(one: CorpusSettings, other: CorpusSettings, gone: list[str], fi
     try:
         trained = {os.path.realpath(path) for path in sources.files_read(other)}
     except SourceError:
-        gone.append(f"{other.source}, which {file} names, is not there any more")
+        gone.append(f"{other.source}, which {file} names, no longer exists")
         return False
     return any(os.path.realpath(path) in trained for path in sources.files_read(one))
 
 
-def _told_of_task(source: str, history: list[tuple[Path, Recipe | ChatRecipe]], unknown: str | None) -> str:
-    """Say whether held-out documents of a task may have been trained on: with other options, others are held out."""
+def _trained_on_task(source: str, history: list[tuple[Path, Recipe | ChatRecipe]], unknown: str | None) -> str:
+    """State whether the model may have been trained on a task's held-out documents: other options hold out other documents."""
     task = task_of(source)
     doubts = [
-        f"{file} names it with other options, {past.source}, and then other documents are held out"
+        f"{file} names it with other options, {past.source}, which hold out other documents"
         for file, past in history
         if isinstance(past, Recipe) and is_task(past.source)
         for trained in [task_of(past.source)]
@@ -146,18 +151,18 @@ def _told_of_task(source: str, history: list[tuple[Path, Recipe | ChatRecipe]], 
         doubts.append("no recipe.yaml says what the model was trained on")
     elif unknown is not None:
         doubts.append(f"it was made from {unknown}, of which no recipe.yaml says what it was trained on")
-    return f"may be: {'; '.join(doubts)}" if doubts else "no: held-out documents of a task are in no training on it"
+    return f"may be: {'; '.join(doubts)}" if doubts else "no: no training on a task uses its held-out documents"
 
 
-def _told(
+def _trained_on(
     history: list[tuple[Path, Recipe | ChatRecipe]],
     named: list[tuple[Path, CorpusSettings]],
-    talks: list[Path],
+    conversations: list[Path],
     gone: list[str],
     unknown: str | None,
 ) -> str:
-    """Say whether the text may have been trained on, and why."""
-    doubts = [f"{file} names it as conversations" for file in talks] + gone
+    """State whether the model may have been trained on the text, and why."""
+    doubts = [f"{file} names it as conversations" for file in conversations] + gone
     if not history:
         doubts.append("no recipe.yaml says what the model was trained on")
     elif unknown is not None:
@@ -167,4 +172,4 @@ def _told(
         known = "only documents that training held out, by " + " and ".join(str(file) for file, _ in named)
     if not doubts:
         return f"no: {known}"
-    return f"may be: {'; '.join(doubts)}" + (f". As far as known, {known}" if known and not talks else "")
+    return f"may be: {'; '.join(doubts)}" + (f". As far as known, {known}" if known and not conversations else "")

@@ -1,4 +1,4 @@
-"""The token view: what every loop would say next, token by token, on a piece of real text."""
+"""The token view: the prediction of every loop, token by token, on a piece of real text."""
 
 from typing import Any
 
@@ -9,15 +9,18 @@ TOP = 3
 
 @torch.no_grad()
 def token_view(model: Any, tokenizer: Any, ids: list[int], num_loops: int) -> list[dict[str, Any]]:
-    """For every token but the first:
-
-        text: the token; settled: the first loop from which on the likeliest token stays the last loop's (1..R);
-        right: whether the last loop's likeliest token is this one; loops: for every loop the rank of this token, its
-        probability, and the likeliest tokens with theirs.
+    """Return the predictions of every loop for every token but the first.
 
     Args:
-        ids: tokens of one text.
+        model: a PLTForCausalLM.
+        tokenizer: its tokenizer.
+        ids: token ids of one text.
         num_loops: R.
+
+    Returns:
+        one dictionary per token: `text`, the token; `settled`, the first loop (1..R) from which on the likeliest token is the last loop's;
+        `right`, whether the last loop's likeliest token is this one; `loops`, for every loop this token's `rank` and probability `p`, and
+        `top`, the likeliest tokens with their probabilities.
     """
     ids_1T = torch.tensor([ids], device=model.device)
     states = model.model(ids_1T, use_cache=False, num_loops=num_loops).loop_states
@@ -31,7 +34,7 @@ def token_view(model: Any, tokenizer: Any, ids: list[int], num_loops: int) -> li
         rank = 1 + (p > own).sum(-1)
         by_loop.append((rank.tolist(), own[:, 0].tolist(), top.indices.tolist(), top.values.tolist()))
     final = torch.stack(best)  # [R, T-1]
-    stays = (final == final[-1]).flip(0).cumprod(0).sum(0)  # how many loops at the end agree with the last
+    stays = (final == final[-1]).flip(0).cumprod(0).sum(0)  # number of final loops that agree with the last one
     tokens = []
     for t, id_ in enumerate(ids[1:]):
         loops = [

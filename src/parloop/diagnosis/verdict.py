@@ -1,13 +1,13 @@
-"""From lenses to advice: keep the loop count, drop a loop, or try another; with the evidence and its limits.
+"""From lenses to advice: keep the loop count, drop a loop, or try one more; with the evidence and its limits.
 
 The rule, in this order:
 
 1. If the last loop does not lower the loss on the same text (paired 95% interval), drop to the smallest loop whose loss is
-   within the paired interval of the last one's. A loop's state does not depend on the loops after it, so this is exactly what
-   `num_loops` of that size would give from the same checkpoint.
-2. Else, if the effective rank still rises into the last loop, and for R > 2 the loop goes on in its direction or moves the output
-   by at least its equal share, a model with one loop more may pay: train one.
-3. Else keep R.
+   within the paired interval of the last one's. A loop's state does not depend on the loops after it, so its loss is exactly that of
+   the same checkpoint run with so many loops.
+2. Otherwise, if the effective rank still rises into the last loop, and for R > 2 the loop continues in its direction or has at least an
+   equal share of the output shift, a model with one more loop may pay: train one.
+3. Otherwise keep R.
 """
 
 import math
@@ -21,7 +21,7 @@ FEW_SAMPLES = 20
 
 @dataclass
 class Signal:
-    """One piece of evidence: what was seen, and whether it speaks for the last loop (1), against it (-1) or neither (0)."""
+    """One piece of evidence: the observation, and whether it speaks for the last loop (1), against it (-1) or neither (0)."""
 
     name: str
     seen: str
@@ -30,10 +30,10 @@ class Signal:
 
 @dataclass
 class Verdict:
-    """Advice in one line, how sure it is, the evidence, and what it cannot know."""
+    """Advice in one line, its confidence, the evidence, and its limits."""
 
     advice: str  # "keep", "drop", "try more" or "one loop"
-    loops: int  # the loop count it names
+    loops: int  # the loop count that it recommends
     headline: str
     sureness: str
     limits: str
@@ -41,7 +41,7 @@ class Verdict:
 
 
 def give_verdict(d: Diagnosis) -> Verdict:
-    """Advice from what the lenses saw."""
+    """Return the advice that follows from a diagnosis."""
     if d.loops == 1:
         return _one_loop(d)
     R = d.loops
@@ -52,7 +52,7 @@ def give_verdict(d: Diagnosis) -> Verdict:
         Signal("loss", f"loop {R} changes it by {_signed(loss)} nats per token", -_sign(loss)),
         Signal("effective rank", f"{_signed(rank, 1)} directions from loop {R - 1} to {R}", _sign(rank)),
     ]
-    if R > 2:  # at loop 2 these say nothing: the step before it starts at the embedding, and there is no other share
+    if R > 2:  # at loop 2 these carry no information: the step before starts at the embedding, and no other loop has a share
         against = Interval(share.value - equal, share.low - equal, share.high - equal)
         signals += [
             Signal("direction", f"angular change {_signed(turn, 2)}: {_turn(turn)}", _sign(turn)),
@@ -108,7 +108,7 @@ def _one_loop(d: Diagnosis) -> Verdict:
 
 
 def _scissors(d: Diagnosis) -> Signal:
-    """Gain against cost: Δp of the last loop and Ω, both relative to loop 2's."""
+    """Compare gain with cost: Δp of the last loop and Ω, both relative to loop 2's."""
     R = d.loops
     gain = d.mean("output_shift", R).value / max(d.mean("output_shift", 2).value, 1e-12)
     cost = d.mean("offset_cost", R).value / max(d.mean("offset_cost", 2).value, 1e-12)
@@ -119,17 +119,17 @@ def _scissors(d: Diagnosis) -> Signal:
 
 def _limits(d: Diagnosis) -> str:
     text = (
-        f"This looks at one model trained with {d.trained_loops} loops. Its earlier loops were never asked to predict, so their "
+        f"This describes one model trained with {d.trained_loops} loops. Its earlier loops were never trained to predict, so their "
         f"losses say what this model loses with fewer loops, not what a model trained with fewer would reach; and nothing here "
-        f"tells how a model trained with {d.loops + 1} would do. Only training them does (parloop study)."
+        f"shows how a model trained with {d.loops + 1} would do. Only training them does (parloop study)."
     )
     if d.loops != d.trained_loops:
-        text += f" Moreover it was run with {d.loops} loops, not with the {d.trained_loops} it was trained for."
+        text += f" Besides, it was run with {d.loops} loops, not with the {d.trained_loops} it was trained for."
     return text
 
 
 def _sign(interval: Interval) -> int:
-    """1 or -1 if the interval excludes zero, else 0."""
+    """Return 1 or -1 if the interval excludes zero, otherwise 0."""
     return 1 if interval.low > 0 else -1 if interval.high < 0 else 0
 
 
@@ -140,6 +140,6 @@ def _signed(interval: Interval, digits: int = 3) -> str:
 
 
 def _turn(interval: Interval) -> str:
-    return {1: "it goes on in its direction", -1: "it takes back part of the last step", 0: "no clear direction"}[
+    return {1: "it continues in its direction", -1: "it undoes part of the last step", 0: "no clear direction"}[
         _sign(interval)
     ]

@@ -1,1 +1,1 @@
-"""The benchmarks of the paper, each by its own tool, one command each, per loop count."""
+"""The paper's benchmarks, each run by its own tool with one command, per loop count."""

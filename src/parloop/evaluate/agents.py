@@ -1,4 +1,4 @@
-"""mini-swe-agent on SWE-bench-like tasks: its command, its predictions, what of them must be asked again, and other tools' formats."""
+"""mini-swe-agent on SWE-bench-like tasks: its command, its predictions, which of them to repeat, and conversion to other formats."""
 
 import contextlib
 import json
@@ -13,9 +13,9 @@ from ..errors import EvaluationError
 from .benchmark import Job, Step, reading
 from .leak_scan import Hit, scan
 
-# The agent came to an end by itself. Everything else is the server's failure, and is asked again.
+# The agent ended by itself. Every other status is a failure of the server, and the instance is asked again.
 ENDED = {"Submitted", "LimitsExceeded", "TimeExceeded", "ContextWindowExceededError", "RepeatedFormatError"}
-SETTINGS: dict[str, Any] = {  # of every benchmark that this agent works on
+SETTINGS: dict[str, Any] = {  # defaults of every benchmark that this agent runs
     "tools": True, "temperature": 0.0, "top_p": 1.0, "max_tokens": None, "step_limit": 250, "workers": 4, "environment": "docker",
     "agent_config": {},
 }  # fmt: skip
@@ -23,10 +23,13 @@ INSTANCE = re.compile(r"(?P<org>[^_].*?)__(?P<repo>.+)-(?P<number>\d+)")
 
 
 def agent_step(job: Job, subset: str, name: str = "agent", more: tuple[str, ...] = ()) -> Step:
-    """Run the agent on every instance of a data set: a name that mini-swe-agent knows, or a folder with test.jsonl.
+    """Return the step that runs the agent on every instance of a data set.
 
     Args:
-        more: options for a part of the instances.
+        job: the job.
+        subset: the data set: a name that mini-swe-agent knows, or a folder with test.jsonl.
+        name: name of the step.
+        more: further options, to select a part of the instances.
     """
     s = job.settings
     command = [
@@ -41,13 +44,13 @@ def agent_step(job: Job, subset: str, name: str = "agent", more: tuple[str, ...]
     }  # fmt: skip
     if s["environment"] != "docker":
         own["PATH"] = f"{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin"
-    # In containers, the tool's own; an agent that works on this machine's files may do so in the sandbox only.
+    # With Docker, the tool isolates the agent; an agent that works on this machine's files runs in the sandbox.
     sandbox = "" if s["environment"] == "docker" else "online"
     return Step(name, command, sandbox=sandbox, environment=own)
 
 
 def write_config(job: Job) -> None:
-    """What differs from mini-swe-agent's own configuration, as YAML (which JSON is)."""
+    """Write the settings that differ from mini-swe-agent's own, as YAML (JSON is a subset of it)."""
     s = job.settings
     kwargs = {"api_base": job.endpoint, "temperature": s["temperature"], "top_p": s["top_p"], "timeout": 600}
     if s["max_tokens"]:
@@ -66,7 +69,7 @@ def write_config(job: Job) -> None:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Changes at any depth, as mini-swe-agent merges its own files."""
+    """Merge changes at any depth, as mini-swe-agent merges its own files."""
     deep = {
         name: _merged(base[name], value)
         for name, value in changes.items()
@@ -76,7 +79,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_failed(job: Job) -> None:
-    """mini-swe-agent never asks again what has an entry in preds.json, also if the server failed: take these entries away."""
+    """Remove the entries of failed instances from preds.json, since mini-swe-agent never repeats an instance that has
+    one."""
     path = job.work / "agent" / "preds.json"
     if not path.exists():
         return
@@ -89,6 +93,7 @@ def forget_failed(job: Job) -> None:
 
 
 def predictions(job: Job) -> dict[str, dict[str, Any]]:
+    """Return the agent's predictions: instance -> entry of preds.json."""
     path = job.work / "agent" / "preds.json"
     if not path.exists():
         return {}
@@ -97,7 +102,7 @@ def predictions(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def trajectories(job: Job) -> dict[str, dict[str, Any]]:
-    """Instance -> what the agent did."""
+    """Return instance -> the agent's trajectory."""
     found = {}
     for path in sorted((job.work / "agent").glob("*/*.traj.json")):
         try:
@@ -108,7 +113,8 @@ def trajectories(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def statuses(job: Job) -> dict[str, str]:
-    """Instance -> how its run ended. One whose container did not start has no trajectory, and is in mini-swe-agent's list alone."""
+    """Return instance -> exit status of its run. If a container did not start there is no trajectory, only an entry in
+    mini-swe-agent's list."""
     found: dict[str, str] = {}
     for path in sorted((job.work / "agent").glob("exit_statuses_*.yaml"), key=lambda path: path.stat().st_mtime):
         with contextlib.suppress(yaml.YAMLError, LookupError, TypeError, AttributeError):
@@ -118,7 +124,7 @@ def statuses(job: Job) -> dict[str, str]:
 
 
 def unfinished(job: Job) -> dict[str, str]:
-    """Instances whose run the server or the container ended, or of whose run nothing is left -> how it ended."""
+    """Return instance -> exit status, for runs that the server or the container ended, or that left no status."""
     status = statuses(job)
     return {
         name: status.get(name) or "nothing left"
@@ -128,19 +134,19 @@ def unfinished(job: Job) -> dict[str, str]:
 
 
 def cut_short(failed: dict[str, str], asked: int) -> str:
-    """Why runs of which not all were ended by the agent are no result."""
+    """Return the message for runs that the agent did not end itself, out of `asked` instances."""
     name, how = next(iter(failed.items()))
     return f"{len(failed)} of {asked} instances were cut short by the server or their container, {name} for one ({how}): see agent*.log, and run it again"
 
 
 def leaks(job: Job) -> dict[str, list[Hit]]:
-    """Instance -> commands that looked where the answer may be."""
+    """Return instance -> commands that read where the answer may be."""
     found = {name: scan(trajectory) for name, trajectory in trajectories(job).items()}
     return {name: hits for name, hits in found.items() if hits}
 
 
 def to_multi_swe_bench(predicted: dict[str, dict[str, Any]], out: Path) -> int:
-    """Write predictions in Multi-SWE-bench's format, a JSON object per line. Returns their number.
+    """Write predictions in Multi-SWE-bench's format, a JSON object per line. Return their number.
 
     Raises:
         EvaluationError: an instance's name is not ORG__REPO-NUMBER.
@@ -149,7 +155,7 @@ def to_multi_swe_bench(predicted: dict[str, dict[str, Any]], out: Path) -> int:
     for name, entry in predicted.items():
         match = INSTANCE.fullmatch(name)
         if match is None:
-            raise EvaluationError(f"instance {name!r} is not ORG__REPO-NUMBER, which Multi-SWE-bench wants.")
+            raise EvaluationError(f"instance {name!r} is not ORG__REPO-NUMBER, as Multi-SWE-bench requires.")
         patch = entry.get("model_patch") or ""
         rows.append({"org": match["org"], "repo": match["repo"], "number": int(match["number"]), "fix_patch": patch})
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What a benchmark is: which tool runs it, with which commands, what that needs, and how to read what the tool left.
+"""Definition of a benchmark: its tool, the commands, their requirements, and how to read the tool's output.
 
 Each benchmark is a small file in `benchmarks/` that ends in a `BENCHMARK`. Tools run in environments of their own (their dependencies
-conflict with each other and with ours) and talk to a server; what they leave is read here.
+conflict with each other and with ours) and send requests to a server; their output files are read here.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ class Environment:
     """A Python environment that a tool runs in.
 
     Attributes:
-        name: of the file in `requirements/` with every package and version.
-        python: the oldest that it runs on, and that its packages were chosen on.
-        with_ours: it also sees the packages that parloop runs with.
+        name: name of the file in `requirements/` with every package and version.
+        python: the oldest version of Python that it runs on; its packages were chosen on this version.
+        with_ours: whether it can also import the packages that parloop runs with.
     """
 
     name: str
@@ -41,16 +41,17 @@ class Environment:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes.
+    """Requirements of a run.
 
     Attributes:
-        docker: containers, for what models write or for the tool's tasks.
-        sandbox: bubblewrap, for what models write.
-        disk_gb, memory_gb: free.
+        docker: containers, for code that models write or for the tool's tasks.
+        sandbox: bubblewrap, for code that models write.
+        disk_gb: free disk, in GB.
+        memory_gb: memory, in GB.
         network: hosts that data come from.
         registries: hosts that images come from.
-        packages: of parloop's extra `eval`.
-        hours: on one H200 for the released model at R = 2; an estimate, docs/evaluation.md has the arithmetic.
+        packages: packages of parloop's extra `eval`.
+        hours: duration on one H200 for the released model at R = 2; an estimate, docs/evaluation.md has the arithmetic.
         commands: programs on the path.
     """
 
@@ -70,17 +71,17 @@ class Job:
     """One benchmark of one model at one loop count.
 
     Attributes:
-        folder: of the job; the tool works in `work`, below it.
+        folder: folder of the job; the tool works in `work`, below it.
         endpoint: address of the server, with /v1.
-        model: what the server calls the model.
-        loops: R; None: not known, for a server of somebody else's.
-        checkpoint: the folder or Hub name, if it is our own server that runs.
-        limit: only that many items.
+        model: the model's name at the server.
+        loops: R; None if it is not known, for a server that we did not start.
+        checkpoint: folder or Hub name of the model, if we started the server.
+        limit: run only that many items.
         data: a local copy of the benchmark's data.
-        settings: sampling and whatever else changes the number.
+        settings: sampling and other settings that change the number.
         bins: environment's name -> folder with its programs.
-        drivers: folder with what runs in the tools' environments.
-        lock: the file that says that a run works here, locked; what the run starts holds it too.
+        drivers: folder with our scripts that run in the tools' environments.
+        lock: the locked file that marks the folder as in use; processes that the run starts hold it too.
     """
 
     folder: Path
@@ -97,19 +98,24 @@ class Job:
 
     @property
     def work(self) -> Path:
+        """Folder that the tool works in."""
         return self.folder / "work"
 
     @property
     def key(self) -> str:
-        """The model's name, of letters, digits, points and dashes only."""
+        """The model's name, with letters, digits, points and dashes only."""
         return as_file_name(self.model)
 
     def python(self, environment: str) -> str:
+        """Return the Python of an environment."""
         return str(self.bins[environment] / "python")
 
 
 def as_file_name(text: str, kept: str = ".-") -> str:
-    """A text with dashes for what is neither letter nor digit nor kept, and for a point at its beginning: .. is another folder."""
+    """Replace every character of a text that is not a letter, a digit or in `kept` by a dash.
+
+    A leading point is replaced too, since .. would be another folder.
+    """
     name = "".join(c if c.isalnum() or c in kept else "-" for c in text)
     return f"-{name[1:]}" if name.startswith(".") else name
 
@@ -119,11 +125,13 @@ class Step:
     """A command of a tool.
 
     Attributes:
-        name: what it does; also of its log.
-        sandbox: "" runs it as it is; "offline" and "online" where it can write to the job's folder only, without or with the network.
-        server: it asks the server.
-        exit_codes: that mean it went well. (Whether it did, `parse` finds out: several tools end with 0 whatever happened.)
-        environment: variables, besides PATH and the like.
+        name: name of the step and of its log.
+        command: the command line.
+        sandbox: "" runs it without one; in "offline" and "online" it can write to the job's folder only, without or with network.
+        server: whether it sends requests to the server.
+        exit_codes: exit codes of success. (Several tools end with 0 in any case; `parse` checks their output.)
+        environment: additional environment variables.
+        folder: working directory; default: the job's `work`.
     """
 
     name: str
@@ -137,15 +145,15 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What a tool left.
+    """Output of a tool.
 
     Attributes:
         items: id of each item -> its score from 0 to 1 (or a loss).
         value: the benchmark's number, in its unit. Default: 100 times the mean of the items.
-        parts: more numbers.
-        problems: why this is no result, and what to do.
+        parts: further numbers.
+        problems: reasons why this is not a result, and the remedies.
         data: version or hash of the data.
-        weights: of each item, where the value is no plain mean: bytes of a text.
+        weights: weight of each item, if the value is not a plain mean: bytes of a text.
     """
 
     items: dict[str, float]
@@ -162,28 +170,30 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark; see the fields' comments in docs/evaluation.md.
+    """A benchmark. docs/evaluation.md explains the settings.
 
     Attributes:
-        name: as on the command line.
-        title: as in the paper's table.
-        measures: in a line.
-        metric: in words.
-        tool: with its version.
+        name: name on the command line.
+        title: name in the paper's table.
+        measures: what it measures, in one line.
+        metric: the metric, in words.
+        tool: the tool, with its version.
         paper: loop count -> the paper's number.
-        environments: that its steps run in.
-        settings: the defaults; what a user sets otherwise is part of the result.
-        fixed: those of them that the tool decides.
-        silent: what the paper does not say.
+        environments: environments that its steps run in.
+        needs: requirements of a run.
+        settings: default settings; the result records those that were used.
+        silent: details that the paper does not give.
         run_here: whether the tool itself ran in this project's tests, and how.
-        steps, parse: see above.
+        steps: returns the commands.
+        parse: reads the tool's output.
         resolve: fills in settings that are None.
-        prepare: before the first step of a run, or of one that goes on: writes configurations, takes away what failed.
+        prepare: called before the first step, also when a run continues: writes configurations, removes failed items.
         unit: "%", or "bits per byte" (less is better).
-        needs_server: False: it loads the checkpoint by itself, unless an endpoint is given.
-        memory_gb: what that takes.
-        reads_data: `--data` is read.
-        no_limit: why `--limit` is refused, and what to do instead.
+        needs_server: False if the tool loads the checkpoint itself, unless an endpoint is given.
+        memory_gb: returns the memory that this takes, in GB.
+        reads_data: whether `--data` is read.
+        no_limit: reason why `--limit` is refused, and the alternative.
+        fixed: names of settings that the tool decides.
     """
 
     name: str
@@ -211,7 +221,7 @@ class Benchmark:
 
 @cache
 def benchmarks() -> dict[str, Benchmark]:
-    """All of them, by name."""
+    """Return all benchmarks, by name."""
     found: dict[str, Benchmark] = {}
     for name in NAMES:
         module = import_module(f".benchmarks.{MODULES.get(name, name)}", __package__)
@@ -225,10 +235,10 @@ MODULES = {"swe_bench_verified": "swe_bench", "swe_bench_multilingual": "swe_ben
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around what reads a tool's file.
+    """Turn errors in the block, which reads a tool's file, into an EvaluationError.
 
     Raises:
-        EvaluationError: it is not there, was torn, or is another kind of file.
+        EvaluationError: the file is missing, incomplete, or of another kind.
     """
     try:
         yield
@@ -245,13 +255,13 @@ def reading(path: Path) -> Iterator[None]:
         RecursionError,
     ) as error:
         raise EvaluationError(
-            f"{path} is not what its tool writes ({type(error).__name__}: {error}): see the logs of the steps, take the file away, and run "
+            f"{path} is not what its tool writes ({type(error).__name__}: {error}): see the logs of the steps, remove the file, and run "
             f"the same command again."
         ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file with a JSON object per line; a last line that was torn is left out."""
+    """Read a file with a JSON object per line. An incomplete last line is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -262,7 +272,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def digest(*paths: Path) -> str:
-    """Of files, in this order: which data it was."""
+    """Return a hash of files, in this order, that identifies the data."""
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

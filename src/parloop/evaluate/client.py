@@ -1,6 +1,6 @@
-"""Asks a server a list of questions, for benchmarks whose own scripts cannot: client.py TASKS.jsonl ANSWERS.jsonl ENDPOINT MODEL SETTINGS
+"""Client for benchmarks whose own scripts cannot ask a server: client.py TASKS.jsonl ANSWERS.jsonl ENDPOINT MODEL SETTINGS
 
-TASKS has {"id", "messages"} per line; ANSWERS gets {"id", "sample", "text", "finish_reason"}. What is answered is not asked again.
+TASKS has {"id", "messages"} per line; ANSWERS gets {"id", "sample", "text", "finish_reason"}. Answered questions are not asked again.
 """
 
 import json
@@ -14,14 +14,17 @@ from .benchmark import Job, read_lines
 
 
 def client_command(job: Job) -> list[str]:
-    """Ask the job's server its work/tasks.jsonl, into work/answers.jsonl."""
+    """Return the command that asks the job's server the questions in work/tasks.jsonl and writes work/answers.jsonl."""
     files = [str(job.work / name) for name in ("tasks.jsonl", "answers.jsonl")]
     settings = {name: job.settings[name] for name in ("temperature", "top_p", "max_tokens", "samples", "workers")}
     return [sys.executable, "-m", "parloop.evaluate.client", *files, job.endpoint, job.model, json.dumps(settings)]
 
 
 def ask_all(tasks: Path, answers: Path, endpoint: str, model: str, settings: dict[str, Any]) -> None:
-    """Raises the openai client's errors, after its retries; what was answered until then is kept."""
+    """Ask all questions that have no answer yet.
+
+    After its retries, an error of the openai client is raised; answers until then are kept.
+    """
     from openai import OpenAI
 
     client = OpenAI(base_url=endpoint, api_key="none", max_retries=5, timeout=900)
@@ -56,7 +59,7 @@ def ask_all(tasks: Path, answers: Path, endpoint: str, model: str, settings: dic
 
 
 def code_of(text: str) -> str:
-    """What is between the last pair of lines with three backticks; nothing if there is none."""
+    """Return the text between the last two lines with three backticks; empty if there are none."""
     lines = text.split("\n")
     fences = [i for i, line in enumerate(lines) if "```" in line]
     return "" if len(fences) < 2 else "\n".join(lines[fences[-2] + 1 : fences[-1]])

@@ -1,4 +1,4 @@
-"""Results side by side: against the loop count, with intervals, with tests on the same items, beside the paper's numbers."""
+"""Results side by side: by loop count, with intervals and paired tests on the same items, beside the paper's numbers."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +15,24 @@ from .results import BenchmarkResult, Group, groups, load_results
 
 @dataclass
 class Row:
-    """A number in the table of a benchmark: ours, or the paper's; or that it was not run.
+    """A line in the table of a benchmark: our number, the paper's, or "not run".
 
     Attributes:
         source: "ours", "paper" or "not run".
-        loops: loop count; model: its name, of the paper's its size.
+        loops: loop count.
+        model: the model's name; for the paper, its size.
         value: the number, in the benchmark's unit.
-        interval: low and high end of its 95% interval over items; None where there is none.
-        items: how many; limit: if only the first ones were taken.
-        settings: their hash, if there are several; hash: of the model's weights; date, path: of the result.
-        parts: more numbers of the tool's.
-        tokens_per_solved, seconds_per_solved: what a solved item cost.
-        leaks: items in which something was seen that should not have been.
+        interval: low and high end of its 95% interval over items; None if there is none.
+        items: number of items.
+        limit: the limit, if only the first items were run.
+        settings: hash of the settings, if results with several exist.
+        hash: hash of the model's weights.
+        date: date of the result.
+        path: file of the result.
+        parts: further numbers of the tool.
+        tokens_per_solved: tokens spent per solved item.
+        seconds_per_solved: seconds of requests per solved item.
+        leaks: number of items in which the agent read where the answer may be.
     """
 
     source: str
@@ -48,15 +54,18 @@ class Row:
 
 @dataclass
 class PairedTest:
-    """Two of our results on the same items.
+    """Paired test of two of our results on the same items.
 
     Attributes:
-        base, other: names of the models.
-        test: which test it is, or why there is none.
-        items: how many.
+        base: name of the one model.
+        other: name of the other model.
+        test: name of the test, or the reason why there is none.
+        items: number of items.
         difference: other minus base, in the benchmark's unit.
-        p, won, lost: of McNemar's test, two-sided; items that only one of both passes.
-        interval: low and high end of the difference's 95% interval, of a bootstrap.
+        p: p-value of McNemar's test, two-sided.
+        won: number of items that only `other` passes.
+        lost: number of items that only `base` passes.
+        interval: low and high end of the difference's 95% bootstrap interval.
     """
 
     base: str
@@ -72,13 +81,13 @@ class PairedTest:
 
 @dataclass
 class Entry:
-    """A benchmark.
+    """Comparison of one benchmark's results.
 
     Attributes:
-        benchmark, title, metric, unit, tool: what it is.
-        silent: what the paper does not say.
+        benchmark: name of the benchmark; title, metric, unit, tool and silent as in Benchmark.
         paper: loop count -> the paper's number.
-        rows, tests: see there.
+        rows: lines of its table.
+        tests: tests between our results.
     """
 
     benchmark: str
@@ -93,19 +102,19 @@ class Entry:
 
     @property
     def ours(self) -> list[Row]:
-        """Our results; none, if it was not run."""
+        """Our results; empty if it was not run."""
         return [row for row in self.rows if row.source == "ours"]
 
 
 @dataclass
 class Comparison(Result):
-    """Results against the loop count, beside the paper's.
+    """Results by loop count, beside the paper's.
 
     Attributes:
-        benchmarks: all that there are.
-        folders: that results were read from.
+        benchmarks: one entry for each benchmark.
+        folders: folders that results were read from.
         command: the command that made it.
-        folder: where the report is.
+        folder: folder of the report.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -117,22 +126,26 @@ class Comparison(Result):
     folder: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the comparison."""
         from .report import tables
 
         return tables(self)
 
 
 def compare(folders: list[Path], output: Path, command: str | None = None) -> Comparison:
-    """Put results side by side, and write the report.
+    """Compare results, and write the report.
 
     Args:
-        folders: with results.
+        folders: folders with results.
         output: folder for report.html, evaluation.png and evaluation.json.
-        command: what the report says it was made with.
+        command: the command that the report names; default: this process's own.
+
+    Returns:
+        the comparison. evaluation.json holds the same.
 
     Raises:
         EvaluationError: there are no results.
-        OutputError: others' files are in the way, or the folder cannot be written.
+        OutputError: other files have these names, or the folder cannot be written.
     """
     from .report import write_report
 
@@ -165,7 +178,8 @@ def _entry(benchmark: Benchmark, found: list[Group]) -> Entry:
 
 
 def interval_of(result: BenchmarkResult) -> Interval | None:
-    """Of the value, over the choice of items, in its unit; None where the value is no mean of them, or one item has no spread."""
+    """Return the 95% interval of a result's value over items, in its unit; None if the value is not the mean of its
+    items, or there is one item without a spread."""
     values, value, scale = np.array(list(result.items.values())), result.value, 100 if result.unit == "%" else 1
     passes = set(values) <= {0.0, 1.0} and not result.weights
     if len(values) < 2 and not passes:
@@ -177,7 +191,7 @@ def interval_of(result: BenchmarkResult) -> Interval | None:
 
 
 def _is_mean(result: BenchmarkResult) -> bool:
-    """Of the items, by their weights. BFCL's and MultiPL-E's values are means of groups."""
+    """Return whether the value is the weighted mean of the items. BFCL's and MultiPL-E's values are means of groups."""
     mean = np.average(list(result.items.values()), weights=_weights(result))
     return abs((100 if result.unit == "%" else 1) * float(mean) - result.value) <= 1e-6
 
@@ -187,7 +201,7 @@ def _weights(result: BenchmarkResult) -> np.ndarray | None:
 
 
 def _mean(values: np.ndarray, sizes: np.ndarray | None) -> Interval:
-    """Of items of these sizes, bootstrapped over items."""
+    """Return the mean weighted by `sizes`, with its bootstrap interval over items."""
     if sizes is None:
         return bootstrap_mean(values)
     weights = resample_weights(len(values), 1, np.random.default_rng(0)).by_document
@@ -212,9 +226,9 @@ def _row(result: BenchmarkResult, several_settings: bool) -> Row:
 
 
 def _tests(members: list[BenchmarkResult]) -> list[PairedTest]:
-    """Test each result against the one of the fewest loops, on the same items."""
+    """Test each result against the one with the fewest loops, on the same items."""
     base = members[0]
-    if base.model.loops is None:  # of no result it is known
+    if base.model.loops is None:  # sorted last, so no result has a known loop count
         return []
     return [_test(base, other) for other in members[1:]]
 
@@ -237,5 +251,5 @@ def _test(base: BenchmarkResult, other: BenchmarkResult) -> PairedTest:
         test.test, test.difference = "paired bootstrap over items", scale * change.value
         test.interval = [scale * change.low, scale * change.high]
     if test.difference is not None and not (_is_mean(base) and _is_mean(other)):
-        test.test += ", of the items' means and not of the values"
+        test.test += ", of the items' means, not of the values"
     return test

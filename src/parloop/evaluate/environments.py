@@ -1,6 +1,6 @@
-"""A Python environment for every tool, made once and kept: pinned packages, installed without looking at their wishes.
+"""A Python environment for every tool, made once and kept: pinned packages, installed without their declared dependencies.
 
-The lists in `requirements/` were found by running the tools: what a tool asks for is often more than it uses, or does not fit together.
+The lists in `requirements/` were found by running the tools: declared dependencies are often more than a tool uses, or in conflict.
 """
 
 import hashlib
@@ -23,11 +23,15 @@ PYTHONS = [(3, minor) for minor in range(11, 16)]
 
 
 def requirements(environment: Environment) -> Path:
+    """Return the file with an environment's packages and versions."""
     return HERE / "requirements" / f"{environment.name}.txt"
 
 
 def folder_of(environment: Environment) -> Path:
-    """Where it is, or will be if the cache can be written: another list of packages is another folder."""
+    """Return the environment's folder in the cache, whether it exists or not.
+
+    Another list of packages has another folder.
+    """
     return default_cache() / "evaluate" / _name_of(environment)
 
 
@@ -37,7 +41,8 @@ def _name_of(environment: Environment) -> str:
 
 
 def interpreter(environment: Environment) -> tuple[str, tuple[int, int]] | None:
-    """A Python that the tool runs on, and its version: the one that its packages were chosen on, else the next newer; None: there is none here."""
+    """Return a Python for the tool, and its version: the one that its packages were chosen on, or else the next newer
+    one; None if there is none here."""
     if environment.with_ours:
         return sys.executable, environment.python
     for version in PYTHONS:
@@ -45,13 +50,13 @@ def interpreter(environment: Environment) -> tuple[str, tuple[int, int]] | None:
             return sys.executable, version
         if version >= environment.python and (found := shutil.which("python{}.{}".format(*version))):
             done = subprocess.run([found, "-c", "import venv"], capture_output=True)
-            if not done.returncode:  # version managers leave commands that say that they are not there
+            if not done.returncode:  # version managers leave commands for versions that are not installed
                 return found, version
     return None
 
 
 def make(environment: Environment, console: Console) -> Path:
-    """The folder of the environment's programs; made if it is not there.
+    """Return the folder of the environment's programs; the environment is made if it does not exist.
 
     Raises:
         EvaluationError: there is no Python for it, or a package cannot be installed.
@@ -74,7 +79,7 @@ def make(environment: Environment, console: Console) -> Path:
     if (folder / READY).exists():  # in a temporary cache
         return folder / "bin"
     with console.status(f"installing {environment.name} into {folder} (once, a minute or two)"):
-        # Environments cannot be moved, so this one is made where it will be, and is complete when it says so.
+        # Environments cannot be moved, so this one is made in its final folder, and a file marks it as complete.
         shutil.rmtree(folder, ignore_errors=True)
         _run([python, "-m", "venv", str(folder)], environment)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -86,16 +91,18 @@ def make(environment: Environment, console: Console) -> Path:
 
 
 def _see_ours(folder: Path) -> None:
-    """Let an environment see the packages of the one that runs, after its own."""
-    places = [
-        place
-        for place in (*site.getsitepackages(), *(p for p in sys.path if p.endswith("site-packages")))
-        if Path(place).is_dir()
+    """Let an environment import the packages of the running one, after its own."""
+    folders = [
+        found
+        for found in (*site.getsitepackages(), *(p for p in sys.path if p.endswith("site-packages")))
+        if Path(found).is_dir()
     ]
     source = str(HERE.parents[1])  # a source tree that is only on PYTHONPATH
-    lines = [f"import site; site.addsitedir({place!r})" for place in dict.fromkeys(places)]
+    lines = [f"import site; site.addsitedir({found!r})" for found in dict.fromkeys(folders)]
     (target,) = (folder / "lib").glob("python*/site-packages")
-    (target / "parloop-ours.pth").write_text("\n".join([*lines, source]) + "\n", encoding="locale")  # as Python reads it
+    (target / "parloop-ours.pth").write_text(
+        "\n".join([*lines, source]) + "\n", encoding="locale"
+    )  # Python reads .pth files in this encoding
 
 
 def _run(command: list[str], environment: Environment) -> None:

@@ -1,8 +1,10 @@
-"""Did an agent look where the answer may be? Containers of SWE-bench hold the repository's whole history, future commits included, and a patch that
-was read there is the honest one to the letter. Only what the agent did tells.
+"""Find commands with which an agent may have read the answer.
 
-A hit is a command that reads history beyond HEAD, remotes, tags or git's own files, or the network. It is reported beside the score, not taken
-off it: some such commands are harmless, and their outputs are in the trajectory for whoever wants to judge.
+Containers of SWE-bench hold the repository's whole history, future commits included, and a patch that was copied from there cannot be
+distinguished from an honest one. Only the agent's commands show it.
+
+A hit is a command that reads history beyond HEAD, remotes, tags or git's own files, or the network. It is reported beside the score and not
+subtracted from it: some such commands are harmless, and the trajectory holds their outputs for a closer look.
 """
 
 import re
@@ -13,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hit:
-    """A command, what is suspicious about it, and how much it showed (characters of output)."""
+    """A command, the kind of suspicion, and the number of characters that it printed."""
 
     step: int
     kind: str
@@ -21,6 +23,7 @@ class Hit:
     shown: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the hit as JSON holds it."""
         return asdict(self)
 
 
@@ -33,12 +36,12 @@ ALWAYS = {
     "unpack-objects": "future commits", "verify-pack": "future commits", "stash": "",
 }  # fmt: skip
 GIT_FILES = re.compile(r"\.git/(packed-refs|ORIG_HEAD|FETCH_HEAD|logs|refs|objects)")
-# Where a command begins: a line, after what joins commands, after what runs another, and in the strings of sh -c, os.system and subprocess.
+# Beginnings of commands: lines, after operators, after commands that run another one, and in strings for sh -c, os.system and subprocess.
 BEGINS = (
     r"(?:^|[;|&(`{\n]|\b(?:sudo|xargs|env|time|nohup|exec|then|do|else)[ \t]++(?:-\S++[ \t]++|\w++=\S*+[ \t]++)*+|\btimeout[ \t]++(?:-\S++[ \t]++)*+\S++[ \t]++"
     r"|(?:\s-\w*c[ \t]*+|[(\[][ \t]*+)[\"'])[ \t]*+(?:\w++=\S*+[ \t]++)*+(?:/\S*/)?"
 )
-LOCAL = r"[\"']?(?:\.{1,2}(?=[\s/\[\"';|&)]|$)|/)[^\s\"';|&)]*[\"']?"  # a path that is to be installed
+LOCAL = r"[\"']?(?:\.{1,2}(?=[\s/\[\"';|&)]|$)|/)[^\s\"';|&)]*[\"']?"  # a local path to install
 OTHER_WORD = r"(?:-\S+|\d?>\S+)"
 ALL_LOCAL = rf"(?:[ \t]+{OTHER_WORD})*[ \t]+{LOCAL}(?:[ \t]+(?:{OTHER_WORD}|{LOCAL}))*[ \t]*(?:$|[;|&)\n\"'])"
 HERE = r"(?:127\.0\.0\.1|localhost)"
@@ -56,7 +59,7 @@ OWN = re.compile(r"^(HEAD([~^]\d*)*|@|--|:/.*)$")
 
 
 def scan(trajectory: dict[str, Any]) -> list[Hit]:
-    """All hits of a mini-swe-agent trajectory, in order."""
+    """Return all hits in a mini-swe-agent trajectory, in order."""
     messages, hits, past = trajectory["messages"], [], ""
     for number, message in enumerate(messages):
         for action in (message.get("extra") or {}).get("actions") or []:
@@ -69,10 +72,11 @@ def scan(trajectory: dict[str, Any]) -> list[Hit]:
 
 
 def kinds(command: str, past: str = "") -> list[str]:
-    """What is suspicious about a command line.
+    """Return the kinds of suspicion about a command line.
 
     Args:
-        past: hashes that harmless commands have shown, each after a space: of HEAD and before, so that they may be named.
+        command: the command line.
+        past: hashes that harmless commands have printed, each after a space: HEAD and earlier commits, which may be named.
     """
     command = command.replace("\\\n", " ")
     found = []
@@ -88,7 +92,7 @@ def kinds(command: str, past: str = "") -> list[str]:
 
 
 def _git_calls(command: str) -> list[list[str]]:
-    """The words after each `git` of a command line, options of git itself left out."""
+    """Return the words after each `git` of a command line, without options of git itself."""
     try:
         lexer = shlex.shlex(command, posix=True, punctuation_chars="();<>|&\n")
         lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
@@ -137,7 +141,7 @@ def _of_git(words: list[str], past: str) -> str:
     if what == "cat-file" and options & {"--batch-all-objects"}:
         return "future commits"
     if what in HISTORY | REVISION:
-        # Revisions by name: everything before `--` that is neither HEAD nor an ancestor written from it, nor a path.
+        # Named revisions: all words before `--` except HEAD, its ancestors written as HEAD~n, and paths.
         before = rest[: rest.index("--")] if "--" in rest else rest
         names = [
             word.removeprefix("--source=") for word in before if not word.startswith("-") or word.startswith("--source=")
@@ -151,7 +155,7 @@ def _of_git(words: list[str], past: str) -> str:
 def _looks_like_revision(word: str, what: str, past: str) -> bool:
     if not word or OWN.match(word):
         return False
-    if "@{" in word:  # the reflog, or what a branch follows
+    if "@{" in word:  # the reflog, or a branch's upstream
         return not word.startswith("stash@")
     word = re.sub(r"[~^].*$", "", word)
     if HASH.fullmatch(word) and f" {word[:7]}" in past:
@@ -166,7 +170,7 @@ def _looks_like_revision(word: str, what: str, past: str) -> bool:
         "ORIG_HEAD",
     ):
         return True
-    # Paths have slashes or endings; a bare word after show or cherry-pick is a revision.
+    # Paths have slashes or extensions; a bare word after show or cherry-pick is a revision.
     return what in ("show", "cherry-pick", "merge", "rebase", "archive") and re.fullmatch(r"[\w-]+", word) is not None
 
 

@@ -1,7 +1,7 @@
-"""Between a tool and the server: counts what is asked and answered, and notices when it is no use going on.
+"""Proxy between a tool and the server: counts requests and tokens, and detects a server that fails for good.
 
-Tools differ in what they make of a failing server: some ask again for ever, some take the error for an answer. So they talk to a proxy on
-this machine that passes everything on, writes down tokens and seconds of every request, and gives up for them.
+Tools handle a failing server differently: some retry for ever, some take the error for an answer. So they send requests to a proxy on this
+machine that forwards them, records tokens and seconds of every request, and gives up for them.
 """
 
 import contextlib
@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-GIVE_UP = 12  # requests in a row that failed
+GIVE_UP = 12  # failed requests in a row
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/v1")
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding", "te", "upgrade"}
 
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # with the default of 5, a tool's ninth request at a time waits a second
+    request_queue_size = 128  # with the default of 5, the ninth concurrent request of a tool waits a second
 
 
 class Meter:
     """A proxy for one server.
 
     Attributes:
-        url: where it listens, with /v1.
-        failed_in_a_row, last_failure: what the server did lately.
+        url: address that it listens at, with /v1.
+        failed_in_a_row: number of failed requests since the last good one.
+        last_failure: the last failure, in words.
     """
 
     def __init__(self, upstream: str, log: Path, request_seconds: float = 900):
@@ -45,6 +46,7 @@ class Meter:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Meter"]:
+        """Run the proxy for the duration of the block."""
         thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
@@ -55,10 +57,11 @@ class Meter:
 
     @property
     def given_up(self) -> bool:
+        """Whether too many requests in a row have failed."""
         return self.failed_in_a_row >= GIVE_UP
 
     def count(self, path: str, status: int, seconds: float, body: bytes, problem: str) -> None:
-        """Write down a request that was answered, or was not (status 0)."""
+        """Record a request that was answered, or was not (status 0)."""
         usage: dict[str, Any] = {}
         if not problem and status == 200:
             usage, problem = _usage(body)
@@ -83,7 +86,10 @@ class Meter:
 
 
 def _listener(handler: type[BaseHTTPRequestHandler], kept: Path) -> Listener:
-    """At the port of earlier runs, since some tools go on only with the address that they began with; at another one if it is taken."""
+    """Listen at the port of earlier runs, or at a new one if it is taken.
+
+    Some tools continue only with the address that they began with.
+    """
     kept.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError, OverflowError):
         return Listener(("127.0.0.1", int(kept.read_text(encoding="utf-8"))), handler)
@@ -93,7 +99,7 @@ def _listener(handler: type[BaseHTTPRequestHandler], kept: Path) -> Listener:
 
 
 def move(kept: Iterable[Path], url: str) -> None:
-    """Put this run's address into what a tool kept of its settings, in case that the port of then was taken."""
+    """Write this run's address into files that hold a tool's settings, in case the port has changed."""
     for path in kept:
         before = path.read_text(encoding="utf-8")
         now = ADDRESS.sub(url, before)
@@ -102,7 +108,7 @@ def move(kept: Iterable[Path], url: str) -> None:
 
 
 def _usage(body: bytes) -> tuple[dict[str, Any], str]:
-    """Token counts of an answer, or of the last event of a stream that has them; and what is wrong with it."""
+    """Return the token counts of an answer, or of a stream's last event that has them; and what is wrong with the answer."""
     text = body.decode("utf-8", "replace")
     if text.lstrip().startswith("data:"):
         usage: dict[str, Any] = {}
@@ -111,12 +117,12 @@ def _usage(body: bytes) -> tuple[dict[str, Any], str]:
                 try:
                     usage = json.loads(line[5:]).get("usage") or usage
                 except ValueError:
-                    return usage, "an event that is no JSON"
+                    return usage, "an event that is not JSON"
         return usage, ""
     try:
         answer = json.loads(text)
     except ValueError:
-        return {}, f"an answer that is no JSON: {text[:200]}"
+        return {}, f"an answer that is not JSON: {text[:200]}"
     return (answer.get("usage") or {} if isinstance(answer, dict) else {}), ""
 
 
@@ -128,7 +134,7 @@ def _handler(meter: Meter) -> type[BaseHTTPRequestHandler]:
             pass
 
         def _pass_on(self) -> None:
-            target = urlsplit(meter.upstream)  # another one if our server had to be started again
+            target = urlsplit(meter.upstream)  # changes when our server is restarted
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = target.path.removesuffix("/v1") + self.path
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -159,12 +165,14 @@ def _handler(meter: Meter) -> type[BaseHTTPRequestHandler]:
             finally:
                 connection.close()
                 meter.count(self.path, status, time.perf_counter() - started, seen, problem)
-            if refusal:  # after it is counted: who was refused may look
+            if refusal:  # after counting, since the refused client may read the counts
                 self._refuse(status, refusal, problem)
 
         def _refuse(self, sent: int, status: int, problem: str) -> None:
             self.close_connection = True
-            if sent:  # too late for another status; without a length, only a reset tells a half answer from a whole one
+            if (
+                sent
+            ):  # too late for another status; without a length, only a reset distinguishes a partial answer from a whole one
                 with contextlib.suppress(OSError):
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
@@ -185,7 +193,8 @@ def _handler(meter: Meter) -> type[BaseHTTPRequestHandler]:
 
 
 def cost(log: Path) -> dict[str, float]:
-    """Sums over all requests: requests, prompt_tokens, completion_tokens, seconds (of requests, which may overlap), failures."""
+    """Sum over all requests: requests, prompt_tokens, completion_tokens, seconds (of requests, which may overlap),
+    failures."""
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "failures": 0}
     if log.exists():
         for line in log.read_text(encoding="utf-8").splitlines():

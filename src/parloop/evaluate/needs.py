@@ -1,4 +1,4 @@
-"""What a benchmark needs, and whether it is here."""
+"""Check whether this machine meets a benchmark's requirements."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from .environments import interpreter
 
 @dataclass
 class Check:
-    """A need: whether it is met, and what to do if not."""
+    """A requirement: whether it is met, and the remedy if not."""
 
     what: str
     met: bool
@@ -22,7 +22,7 @@ class Check:
 
 
 def check(benchmark: Benchmark, job: Job) -> list[Check]:
-    """All needs of a benchmark."""
+    """Check all requirements of a benchmark."""
     needs, checks = benchmark.needs, []
     for environment in benchmark.environments:
         version = ".".join(map(str, environment.python))
@@ -38,7 +38,7 @@ def check(benchmark: Benchmark, job: Job) -> list[Check]:
         Check(f"the package {name}", importlib.util.find_spec(name) is not None, 'pip install "parloop[eval]"')
         for name in needs.packages
     ]
-    existing = next(place for place in (job.folder, *job.folder.absolute().parents) if place.exists())
+    existing = next(folder for folder in (job.folder, *job.folder.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free / 1e9
     checks.append(
         Check(

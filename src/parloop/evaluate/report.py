@@ -17,10 +17,10 @@ from .compare import Comparison, Entry, PairedTest, Row
 
 
 def write_report(comparison: Comparison, folder: str | Path | OutputFolder) -> Path:
-    """Write evaluation.json, report.html and evaluation.png. Returns the path of the page.
+    """Write evaluation.json, report.html and evaluation.png. Return the path of report.html.
 
     Raises:
-        OutputError: others' files have these names, or the folder cannot be written.
+        OutputError: other files have these names, or the folder cannot be written.
     """
     with claimed(folder, EVALUATION_REPORT) as out:
         out.write(comparison.FILE, comparison.to_json())
@@ -31,7 +31,7 @@ def write_report(comparison: Comparison, folder: str | Path | OutputFolder) -> P
 
 
 def benchmark_table() -> Table:
-    """Return what `parloop eval` can run, and what it takes."""
+    """Return a table of the benchmarks that `parloop eval` can run, with their requirements."""
     table = Table(title="benchmarks", title_justify="left")
     table.add_column("name", no_wrap=True)
     for name in ("measures", "by", "needs", "hours", "paper, R = 1 / 2 / 3 / 4"):
@@ -82,7 +82,7 @@ def _cells(entry: Entry, row: Row) -> list[str]:
 
 
 def named(row: Row) -> str:
-    """Return the model of a row, with what tells it apart."""
+    """Return the model of a row, with the limit and settings that distinguish it."""
     part = "" if row.limit is None else f", first {row.limit}"
     return row.model + part + (f" [{row.settings[:6]}]" if row.settings else "")
 
@@ -98,7 +98,7 @@ def told(test: PairedTest) -> str:
 
 @styled()
 def scores_against_loops(comparison: Comparison) -> Figure:
-    """A panel per benchmark that was run: our values with intervals and the paper's, against the loop count."""
+    """Draw a panel per benchmark that was run: our values with intervals and the paper's, against the loop count."""
     entries = [entry for entry in comparison.benchmarks if any(row.loops for row in entry.ours)]
     columns = min(3, max(1, len(entries)))
     lines = -(-len(entries) // columns) or 1

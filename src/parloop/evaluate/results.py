@@ -1,7 +1,7 @@
 """Results: a file per benchmark, model and loop count, with everything that its number depends on.
 
-What differs in anything but the model and its loop count is another measurement: results say so by a hash of their settings, runs of
-different settings do not go into one folder, and the report does not put them into one comparison.
+Results that differ in anything but the model and its loop count are different measurements: they have different hashes of their settings,
+are kept in different folders, and are not compared with each other.
 """
 
 import functools
@@ -24,13 +24,14 @@ RESULT, SETTINGS = "result.json", "settings.json"
 
 @dataclass
 class Model:
-    """Which model was measured.
+    """The model that was measured.
 
     Attributes:
-        name: what its server calls it.
+        name: its name at the server.
         loops: its loop count; None if it is not known.
-        checkpoint: folder or Hub name; None for a server that ran already. hash: of its weights and configuration.
-        engine: what ran it, by its own word.
+        checkpoint: folder or Hub name; None for a server that was running already.
+        hash: hash of its weights and configuration.
+        engine: the engine that ran it, as the server reports it.
     """
 
     name: str
@@ -45,22 +46,23 @@ class BenchmarkResult(Result):
     """One benchmark, of one model at one loop count.
 
     Attributes:
-        benchmark, title, metric, unit: whose number it is, and what it says.
-        value: the number.
+        benchmark: name of the benchmark; title, metric and unit as in Benchmark.
+        value: the number, in this unit.
         items: id -> score from 0 to 1, or loss.
-        weights: of the items, where the value is no plain mean.
-        parts: more numbers of the tool's.
+        weights: weights of the items, if the value is not a plain mean.
+        parts: further numbers of the tool.
         data: version or hash of the data.
-        settings: what the number depends on besides the model. settings_hash: of them and the data; equal ones can be compared.
-        model: whose it is.
+        settings: settings that the number depends on, besides the model.
+        settings_hash: hash of settings and data; results with the same hash can be compared.
+        model: the model.
         date: when it was made, UTC.
-        cost: what the server was asked for.
-        seconds: of all runs that led to it.
+        cost: requests, tokens and seconds of the server.
+        seconds: duration of all runs that led to it.
         steps: the tool's commands.
         command: the command that made it.
         environment: machine and versions.
         paper: the paper's number for this loop count.
-        path: of the file.
+        path: path of the file.
     """
 
     FILE: ClassVar[str] = RESULT
@@ -87,6 +89,7 @@ class BenchmarkResult(Result):
     path: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the result."""
         from rich.text import Text
 
         unit = "%" if self.unit == "%" else f" {self.unit}"
@@ -95,46 +98,48 @@ class BenchmarkResult(Result):
 
 @dataclass
 class EvaluationResult(Result, Sequence):
-    """What a run of `parloop eval` measured, or had measured before: a sequence of results, by loop count and benchmark.
+    """Results of a run of `parloop eval`, earlier ones included: a sequence, ordered by loop count and benchmark.
 
     Attributes:
-        results: each of them is a file of its own.
-        output: the folder that they are in.
+        results: the results, each in a file of its own.
+        output: their folder.
     """
 
     results: list[BenchmarkResult]
     output: Path | None = not_kept(default=None)
 
-    def __getitem__(self, place):
-        return self.results[place]
+    def __getitem__(self, index):
+        return self.results[index]
 
     def __len__(self) -> int:
         return len(self.results)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the results."""
         return [part for result in self.results for part in result.shown()]
 
 
 def settings_of(benchmark: Benchmark, job: Job) -> dict[str, Any]:
-    """What a number depends on besides the model: tool, sampling, scaffold, items."""
+    """Return the settings that a number depends on, besides the model: tool, sampling, scaffold, items."""
     own = {name: value for name, value in job.settings.items() if name not in NO_DIFFERENCE}
     return {"benchmark": benchmark.name, "tool": benchmark.tool, "limit": job.limit, **own}
 
 
-# How fast, not what; and the tokenizer, which is a server's model's own.
+# Settings that change only the speed; and the tokenizer, which follows from a server's model.
 NO_DIFFERENCE = {"workers", "threads", "connections", "parallel", "batch_size", "device", "tokenizer"}
 
 
 def hash_of(content: Any) -> str:
+    """Return a short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class AnotherRunError(EvaluationError):
-    """A folder is another measurement's."""
+    """The folder belongs to another measurement."""
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a folder is a measurement's."""
+    """Return whether a folder belongs to a measurement."""
     try:
         return json.loads((folder / SETTINGS).read_text(encoding="utf-8")).keys() == {"settings", "model"}
     except (OSError, ValueError, AttributeError):
@@ -142,10 +147,10 @@ def is_claimed(folder: Path) -> bool:
 
 
 def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
-    """Make a folder this measurement's, or see that it is.
+    """Assign a folder to this measurement, or check that it is.
 
     Raises:
-        AnotherRunError: it is another's.
+        AnotherRunError: it belongs to another one.
     """
     path = folder / SETTINGS
     now = {"settings": settings, "model": model}
@@ -168,7 +173,7 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Of the weights and the configuration; read once as long as they stay what they are."""
+    """Return a hash of a checkpoint's weights and configuration; they are read once while they do not change."""
     paths = sorted([*folder.absolute().glob("*.safetensors"), folder.absolute() / "config.json"])
     return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
@@ -186,10 +191,15 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
 def save(
     benchmark: Benchmark, job: Job, outcome: Outcome, settings: dict[str, Any], model: dict[str, Any], more: dict[str, Any]
 ) -> BenchmarkResult:
-    """Write the result; returns it.
+    """Write the result, and return it.
 
     Args:
-        model: fields of `Model`. more: further fields of the result.
+        benchmark: the benchmark.
+        job: its job.
+        outcome: the tool's output.
+        settings: see `settings_of`.
+        model: fields of `Model`.
+        more: further fields of the result.
     """
     if outcome.value is None:
         raise ValueError(f"{benchmark.name} has no value: there are no items.")
@@ -223,26 +233,26 @@ class Group:
     results: list[BenchmarkResult]
 
     def by_model(self) -> list[BenchmarkResult]:
-        """Ordered by loop count, then by name; those of unknown loops last."""
+        """Return the results ordered by loop count, then by name; those with unknown loop counts last."""
         return sorted(self.results, key=lambda result: (result.model.loops or math.inf, result.model.name))
 
 
 def load_results(folders: list[Path]) -> list[BenchmarkResult]:
-    """All results below these folders.
+    """Return all results below these folders.
 
     Raises:
-        EvaluationError: there is none, or a file is no result.
+        EvaluationError: there is none, or a file is not a result.
     """
     found: dict[Path, BenchmarkResult] = {}
     for folder in folders:
         if not folder.exists():
-            raise EvaluationError(f"{str(folder)!r} is not there: give folders with results of parloop eval.")
+            raise EvaluationError(f"{str(folder)!r} does not exist: give folders with results of parloop eval.")
         for path in sorted(folder.rglob(RESULT)):
             try:
                 result = BenchmarkResult.from_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise EvaluationError(
-                    f"{str(path)!r} is no result of parloop eval ({error}): take it away, and run parloop eval again if it was one."
+                    f"{str(path)!r} is not a result of parloop eval ({error}): remove it, and run parloop eval again if it was one."
                 ) from error
             result.path = path
             found[path.resolve()] = result
@@ -252,7 +262,7 @@ def load_results(folders: list[Path]) -> list[BenchmarkResult]:
 
 
 def groups(results: list[BenchmarkResult]) -> list[Group]:
-    """Results by what can be compared."""
+    """Group results that can be compared."""
     by_key: dict[tuple[str, str], list[BenchmarkResult]] = {}
     for result in results:
         by_key.setdefault((result.benchmark, result.settings_hash), []).append(result)

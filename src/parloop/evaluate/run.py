@@ -1,6 +1,6 @@
-"""`parloop eval`: for each loop count a server, for each benchmark its tool, for each tool a result.
+"""`parloop eval`: starts a server for each loop count, runs each benchmark's tool, and writes a result.
 
-Nothing is lost when something fails: tools keep what was answered, and the same command goes on. What is complete is left alone.
+Nothing is lost when something fails: tools keep their answers, and the same command continues. Complete results are left alone.
 """
 
 import contextlib
@@ -35,25 +35,26 @@ from .results import EvaluationResult
 from .sandbox import sandboxed
 from .serving import Server, check_model, server_version, serving
 
-STARTS = 3  # of our own server, for one benchmark
+STARTS = 3  # attempts to start our own server, per benchmark
 SECONDS, REQUESTS = "seconds.txt", "requests.jsonl"
 OF_A_JOB = r"(settings|result)\.json(\.partial)?|(\.parloop\.)?lock|port|seconds\.txt|requests\.jsonl|work|[\w-]+\.log"
 
 
 @dataclass
 class Request:
-    """What `parloop eval` is asked for.
+    """The arguments of `parloop eval`.
 
     Attributes:
-        benchmarks: names.
-        checkpoint: a folder or Hub name, served at each of `loops`; or
-        endpoint, model: a server that runs, and the model's name there.
-        loops: loop counts. None: as trained.
+        benchmarks: names of benchmarks.
+        checkpoint: a folder or Hub name, served at each of `loops`.
+        endpoint: instead of a checkpoint, address of a running server.
+        model: the model's name at that server.
+        loops: loop counts. None: the trained one.
         output: folder of the results.
-        limit: items of each benchmark.
+        limit: number of items per benchmark.
         data: benchmark -> local copy of its data.
-        settings: benchmark -> settings that differ from its own.
-        serve_options: of `parloop serve`.
+        settings: benchmark -> settings that differ from its defaults.
+        serve_options: options of `parloop serve`.
         fresh: start over.
     """
 
@@ -71,7 +72,7 @@ class Request:
 
     @classmethod
     def of(cls, what: Sequence[str], **options: Any) -> "Request":
-        """Return the request for what was named together: benchmarks, and a checkpoint (a folder, or OWNER/NAME of the Hub).
+        """Return the request for a list that mixes benchmarks and a checkpoint (a folder, or OWNER/NAME of the Hub).
 
         Raises:
             EvaluationError: there are several checkpoints.
@@ -83,14 +84,18 @@ class Request:
         return cls(names, checkpoint=checkpoints[0] if checkpoints else None, **options)
 
     def check(self) -> None:
-        """Raises EvaluationError: it cannot be done."""
+        """Check the arguments.
+
+        Raises:
+            EvaluationError: they cannot be carried out.
+        """
         known = benchmarks()
         for name in [*self.benchmarks, *self.data, *self.settings]:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"parloop eval --list shows them ({', '.join(known)})."
                 raise EvaluationError(
-                    f"{name!r} is no benchmark{'' if name in self.data | self.settings else ', and no folder'}: {hint}"
+                    f"{name!r} is not a benchmark{'' if name in self.data | self.settings else ', and not a folder'}: {hint}"
                 )
         if not self.benchmarks:
             raise EvaluationError("name at least one benchmark: parloop eval --list shows them.")
@@ -130,25 +135,29 @@ class Request:
                 raise EvaluationError(f"--data {name}={path}: there is no such file or folder.")
         if self.checkpoint is not None:
             load_config(self.checkpoint)  # raises: there is none
-            if not too_old():  # else vLLM serves, and checks by itself
+            if not too_old():  # otherwise vLLM serves, and checks them itself
                 check_weights(self.checkpoint)
 
     def counts(self) -> list[int | None]:
+        """Return the loop counts, without duplicates; None stands for an unknown one."""
         if self.loops:
             return list(dict.fromkeys(self.loops))
         return [None] if self.checkpoint is None else [load_config(self.checkpoint).plt_num_loops]
 
     def name(self, loops: int | None) -> str:
+        """Return the model's name at the server."""
         return str(self.model) if self.checkpoint is None else served_names(self.checkpoint, loops or 1)[0]
 
     def folder(self, name: str, loops: int | None) -> Path:
-        """Of a benchmark at a loop count; the one above it is the model's."""
+        """Return the folder of a benchmark at a loop count; its parent is the model's folder."""
         return (self.output / as_file_name(self.name(loops), ".-@") / name).absolute()
 
     def finished(self, name: str, loops: int | None) -> bool:
+        """Return whether a benchmark has a result at a loop count."""
         return (self.folder(name, loops) / results.RESULT).exists()
 
     def job(self, benchmark: Benchmark, loops: int | None, endpoint: str, bins: dict[str, Path]) -> Job:
+        """Return the job of a benchmark at a loop count."""
         data = self.data.get(benchmark.name)
         return Job(
             folder=self.folder(benchmark.name, loops),
@@ -164,7 +173,7 @@ class Request:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a setting can have this value instead of its default."""
+    """Return whether a setting can have this value instead of its default."""
     if isinstance(default, float):
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is type(default) or (default is None and not isinstance(value, (dict, list)))
@@ -176,7 +185,7 @@ def _absolute(checkpoint: str) -> str | Path:
 
 @dataclass
 class Planned:
-    """A benchmark, its needs, and the commands that would be run for the first of `counts`, the loop counts."""
+    """A benchmark, its requirements, and the commands for the first of the loop counts `counts`."""
 
     benchmark: Benchmark
     checks: list[Check]
@@ -199,10 +208,10 @@ class Planned:
 
 
 def plan(request: Request) -> list[Planned]:
-    """Return what would be done, for each benchmark. Nothing is run or made.
+    """Return the plan for each benchmark. Nothing is run or made.
 
     Raises:
-        EvaluationError: the request cannot be done at all.
+        EvaluationError: the request cannot be carried out.
     """
     request.check()
     planned = []
@@ -220,20 +229,24 @@ def plan(request: Request) -> list[Planned]:
 
 
 def shown(step: Step, job: Job) -> str:
-    """A step as it could be typed."""
+    """Return a step as a command line."""
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(step.environment.items()))
     where = f"  # in the sandbox, {step.sandbox}" if step.sandbox else ""
     return " ".join(filter(None, [variables, shlex.join(step.command)])) + where
 
 
 def evaluate(request: Request, console: Console | None = None) -> EvaluationResult:
-    """Run what is asked for, or go on with it. `compare.compare` makes a report of it.
+    """Run the benchmarks of a request, or continue them. `compare.compare` makes a report of the results.
+
+    Args:
+        request: the arguments.
+        console: where progress is printed; default: the standard error.
 
     Returns:
         the results, in the order of loop counts and benchmarks.
 
     Raises:
-        EvaluationError: a need is not met, or a benchmark gave no result. Others are run all the same, and what was done is kept.
+        EvaluationError: a requirement is not met, or a benchmark gave no result. The others are run in any case, and finished work is kept.
         OutputError: a folder cannot be written, holds something else, or another run works in it.
     """
     with disk_errors(request.output):
@@ -251,13 +264,13 @@ def _evaluate(request: Request, console: Console) -> list[results.BenchmarkResul
             raise EvaluationError(f"{name} cannot run here: " + "; ".join(f"{c.what}: {c.remedy}" for c in unmet) + ".")
     for folder in (request.folder(name, n) for name in waiting for n in counts):
         make_folder(folder)
-        _see_that_it_is_ours(folder, request.fresh)
+        _refuse_others_files(folder, request.fresh)
         with locked(folder, keep=True):  # raises before a server is started
             for path in folder.iterdir() if request.fresh else ():
                 if path.name != LOCK:
                     delete(path)
     bins = {e.name: make(e, console) for name in waiting for e in benchmarks()[name].environments}
-    done, failed, goes_on = [], [], False
+    done, failed, can_continue = [], [], False
     for loops in counts:
         with _server(request, loops, console) as server:
             for name in request.benchmarks:
@@ -266,27 +279,27 @@ def _evaluate(request: Request, console: Console) -> list[results.BenchmarkResul
                         done.append(_measure(request, benchmarks()[name], loops, server, bins, console))
                 except (EvaluationError, OutputError) as error:
                     failed.append(f"{name}, {request.name(loops)}: {error}")
-                    goes_on |= not isinstance(error, results.AnotherRunError)
+                    can_continue |= not isinstance(error, results.AnotherRunError)
                     console.print(f"{name}, {request.name(loops)}: no result", style="red", markup=False, highlight=False)
     if failed:
-        kept = "; what was answered is kept, and the same command goes on" if goes_on else ""
+        kept = "; answers are kept, and the same command continues" if can_continue else ""
         raise EvaluationError(f"{len(failed)} of {len(failed) + len(done)} gave no result{kept}:\n" + "\n".join(failed))
     return done
 
 
-def _see_that_it_is_ours(folder: Path, fresh: bool) -> None:
-    """Raises OutputError: somebody else's things are where a job would write, or, to start over, would be deleted."""
+def _refuse_others_files(folder: Path, fresh: bool) -> None:
+    """Raise OutputError if a job would overwrite files that parloop eval did not write, or delete them to start over."""
     claimed = results.is_claimed(folder)
     others = strangers(folder, OF_A_JOB if claimed else rf"{re.escape(LOCK)}|lock")
     if others and (fresh or not claimed):
         raise OutputError(
-            f"{str(folder)!r} holds what parloop eval did not write ({', '.join(others[:3])}): move it away, or choose another --output."
+            f"{str(folder)!r} holds files that parloop eval did not write ({', '.join(others[:3])}): move them away, or choose another --output."
         )
 
 
 @contextlib.contextmanager
 def _timed(folder: Path) -> Iterator[None]:
-    """Add a line with the seconds of this run, however it ends."""
+    """Append the seconds of this run to the folder's file, however it ends."""
     started = time.monotonic()
     try:
         yield
@@ -296,13 +309,13 @@ def _timed(folder: Path) -> Iterator[None]:
 
 
 def _seconds(folder: Path) -> float:
-    """Of all runs."""
+    """Return the seconds of all runs."""
     return sum(map(float, (folder / SECONDS).read_text(encoding="utf-8").split()))
 
 
 @contextlib.contextmanager
 def _server(request: Request, loops: int | None, console: Console) -> Iterator[Server | None]:
-    """Ours for this loop count, if any benchmark that is not done yet needs one."""
+    """Start our server for this loop count, if any unfinished benchmark needs one."""
     waiting = [name for name in request.benchmarks if not request.finished(name, loops)]
     if request.checkpoint is None:
         if waiting:
@@ -318,33 +331,33 @@ def _server(request: Request, loops: int | None, console: Console) -> Iterator[S
 
 
 def _model_of(request: Request, loops: int | None) -> dict[str, Any]:
-    """Which model it is, as results keep it; but for the engine."""
+    """Return the model as results record it, without the engine."""
     weights = None if request.checkpoint is None else results.checkpoint_hash(local_folder(request.checkpoint))
     return {"name": request.name(loops), "loops": loops, "checkpoint": request.checkpoint, "hash": weights}
 
 
 def _engine(request: Request, benchmark: Benchmark, server: Server | None) -> str:
-    """What ran the model, by its own word."""
+    """Return the engine that ran the model, as the server reports it."""
     if request.checkpoint is None:
         return server_version(str(request.endpoint).rstrip("/"))
-    # What needs no server loads the checkpoint itself.
+    # A benchmark without a server loads the checkpoint itself.
     return server.engine if server is not None and benchmark.needs_server else "transformers"
 
 
 def _measure(
     request: Request, benchmark: Benchmark, loops: int | None, server: Server | None, bins: dict[str, Path], console: Console
 ) -> results.BenchmarkResult:
-    """One benchmark at one loop count: its result, from before or made now."""
+    """Return the result of one benchmark at one loop count, from an earlier run or measured now."""
     endpoint = server.url if server is not None else request.endpoint or ""
     job = request.job(benchmark, loops, endpoint, bins)
     make_folder(job.folder)
-    _see_that_it_is_ours(job.folder, False)
+    _refuse_others_files(job.folder, False)
     model = _model_of(request, loops)
     benchmark.resolve(job)
     settings = results.settings_of(benchmark, job)
     if request.finished(benchmark.name, loops):
         (kept,) = results.load_results([job.folder])
-        results.claim(job.folder, settings, model | {"engine": kept.model.engine})  # no server is there to say it
+        results.claim(job.folder, settings, model | {"engine": kept.model.engine})  # no server runs that would report it
         return kept
     with locked(job.folder, keep=True) as job.lock:
         model["engine"] = _engine(request, benchmark, server)
@@ -363,10 +376,10 @@ def _measure(
 
 
 def _run(benchmark: Benchmark, job: Job, server: Server | None, console: Console) -> Outcome:
-    """All steps, and what they left.
+    """Run all steps, and read their output.
 
     Raises:
-        EvaluationError: that is no result.
+        EvaluationError: the output is not a result.
     """
     with Meter(job.endpoint or "http://127.0.0.1:9", job.folder / REQUESTS).running() as meter:
         job.endpoint = meter.url
@@ -387,17 +400,17 @@ def _run(benchmark: Benchmark, job: Job, server: Server | None, console: Console
     if outcome.problems:
         raise EvaluationError("; ".join(outcome.problems))
     if not outcome.items or outcome.value is None:
-        raise EvaluationError(f"{benchmark.tool} ended well and left no items: see the logs in {job.folder}.")
+        raise EvaluationError(f"{benchmark.tool} succeeded but left no items: see the logs in {job.folder}.")
     endless = [name for name, score in outcome.items.items() if not math.isfinite(score)]
     if endless:
         raise EvaluationError(
-            f"{len(endless)} items have a score that is no number, {endless[0]} for one: see the logs in {job.folder}."
+            f"{len(endless)} items have a score that is not a number, for instance {endless[0]}: see the logs in {job.folder}."
         )
     return outcome
 
 
 class ServerDiedError(EvaluationError):
-    """Our own server ended while a tool asked it."""
+    """Our own server ended while a tool was using it."""
 
 
 def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console: Console, benchmark: Benchmark) -> None:
@@ -405,7 +418,7 @@ def run_step(step: Step, job: Job, meter: Meter, server: Server | None, console:
 
     Raises:
         ServerDiedError: our server ended.
-        EvaluationError: the command failed, or it is no use asking the server on.
+        EvaluationError: the command failed, or too many requests in a row did.
     """
     log = job.folder / f"{step.name}.log"
     job.work.mkdir(parents=True, exist_ok=True)
@@ -460,7 +473,7 @@ def _wait(process: subprocess.Popen) -> int | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The command and all that it started."""
+    """Stop the command and all processes that it started."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, how)

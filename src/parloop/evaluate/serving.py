@@ -26,7 +26,10 @@ class Server:
     """`parloop serve` in a process of its own.
 
     Attributes:
-        url: with /v1. model: what the server calls the model, NAME@R. log: what it said. engine: what it is, with its version.
+        url: its address, with /v1.
+        model: the model's name at the server, NAME@R.
+        log: file of its output.
+        engine: its engine and version.
     """
 
     def __init__(self, checkpoint: str, loops: int, log: Path, options: list[str]):
@@ -36,7 +39,11 @@ class Server:
         self.url = self.engine = ""
 
     def start(self) -> None:
-        """Raises EvaluationError: it ended instead."""
+        """Start the server, and wait until it answers.
+
+        Raises:
+            EvaluationError: it ended, or did not answer in time.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -71,12 +78,15 @@ class Server:
 
     @property
     def pid(self) -> int:
+        """Id of the process; 0 before it is started."""
         return 0 if self.process is None else self.process.pid
 
     def alive(self) -> bool:
+        """Return whether the process is running."""
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
+        """Stop the server."""
         if self.process is None:
             return
         for how in (signal.SIGINT, signal.SIGKILL):
@@ -89,6 +99,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(checkpoint: str, loops: int, log: Path, options: list[str], console: Console) -> Iterator[Server]:
+    """Start a server, and stop it at the end of the block."""
     server = Server(checkpoint, loops, log, options)
     try:
         with console.status(f"starting the server: {checkpoint} with {loops} loop(s)"):
@@ -99,16 +110,30 @@ def serving(checkpoint: str, loops: int, log: Path, options: list[str], console:
 
 
 def ask(url: str, path: str) -> Any:
-    """Raises EvaluationError: no answer, or none that is JSON."""
+    """Return a server's answer to a GET request, read from JSON.
+
+    Raises:
+        EvaluationError: there is no answer, or it is not JSON.
+    """
     try:
         with urllib.request.urlopen(url + path, timeout=20) as answer:
             return json.loads(answer.read())
-    except (OSError, ValueError, HTTPException, OverflowError, RecursionError) as error:  # also for what is no address
+    except (
+        OSError,
+        ValueError,
+        HTTPException,
+        OverflowError,
+        RecursionError,
+    ) as error:  # an invalid address raises these too
         raise EvaluationError(f"{url}{path} gives no answer ({error}): is the server there?") from error
 
 
 def check_model(url: str, model: str) -> None:
-    """Raises EvaluationError: the server is not there, or has no such model."""
+    """Check that a server has a model.
+
+    Raises:
+        EvaluationError: the server does not answer, or has no such model.
+    """
     listed = ask(url, "/models")
     try:
         names = [entry.get("id") for entry in listed.get("data", [])]
@@ -121,11 +146,13 @@ def check_model(url: str, model: str) -> None:
 
 
 def server_version(url: str) -> str:
-    """What the server says of itself: vLLM's gives its version, parloop's without vLLM its engine too."""
-    said: Any = None
+    """Return a server's engine and version: vLLM's reports its version, parloop's own server without vLLM also its
+    engine."""
+    answer: Any = None
     with contextlib.suppress(EvaluationError):
-        said = ask(url.removesuffix("/v1"), "/version")
-    return f"{said.get('engine', 'vLLM')} {said['version']}" if isinstance(said, dict) and "version" in said else "unknown"
+        answer = ask(url.removesuffix("/v1"), "/version")
+    known = isinstance(answer, dict) and "version" in answer
+    return f"{answer.get('engine', 'vLLM')} {answer['version']}" if known else "unknown"
 
 
 def _tail(log: Path, lines: int = 8) -> str:

@@ -1,1 +1,1 @@
-"""Checkpoints in the forms of other engines."""
+"""Checkpoints in the formats of other engines."""

@@ -1,4 +1,4 @@
-"""`parloop export`: a run's checkpoint, or any PLT, in the form of another tool."""
+"""`parloop export`: write a run's checkpoint, or any PLT, in the format of another tool."""
 
 import shutil
 import tempfile
@@ -15,14 +15,18 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers",
     """Write a checkpoint as a model that other tools load.
 
     Args:
-        checkpoint: checkpoint-N of a run, of any number of processes; for other forms than transformers also any PLT, a folder or a
-            Hub name.
-        out: folder to make. It appears when it is complete.
+        checkpoint: checkpoint-N of a run, written by any number of processes; for formats other than transformers also any PLT, a folder
+            or a Hub name.
+        out: folder to create. It appears when it is complete.
         to: transformers, mlx or gguf.
-        bits: of quantised weights, 4 or 8. None: weights stay as they are.
+        bits: bits per quantised weight, 4 or 8. None: weights stay as they are.
+
+    Returns:
+        the folder.
 
     Raises:
-        ExportError, CheckpointError: it cannot be done; the message says why.
+        ExportError: the format is unknown, or cannot hold this checkpoint.
+        CheckpointError: the checkpoint cannot be read.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if to not in FORMS:
@@ -48,7 +52,7 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "transformers",
         source, write = local_folder(str(checkpoint)), export_mlx if to == "mlx" else export_gguf
         if not list(source.glob("model*.safetensors")):
             raise ExportError(
-                f"checkpoint {str(source)!r} has no model*.safetensors: it is no checkpoint, or must be saved in that form first."
+                f"checkpoint {str(source)!r} has no model*.safetensors: it is not a checkpoint, or must be saved in that format first."
             )
         write(source, folder, bits)
         if out.exists():

@@ -1,4 +1,4 @@
-"""GGUF files of PLT checkpoints, under keys that are our proposal (docs/porting.md): for who writes an engine. No tokenizer is in them."""
+"""GGUF files of PLT checkpoints, for authors of engines. Their keys are our proposal (docs/porting.md). They hold no tokenizer."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from ..errors import ExportError
 
 WARNING = (
     "No engine runs this file yet: llama.cpp has no PLT, nor have Ollama, LM Studio and others that build on it. Its keys are a proposal "
-    "(docs/porting.md). Please do not publish it: names cannot be changed once files are about."
+    "(docs/porting.md). Please do not publish it: names cannot be changed once files are in circulation."
 )
-TYPES = {None: "F32", 8: "Q8_0", 4: "Q4_0"}  # of matrices; gates and norms stay float32
+TYPES = {None: "F32", 8: "Q8_0", 4: "Q4_0"}  # types of matrices; gates and norms stay float32
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -18,7 +18,16 @@ NAMES = {
 
 
 def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
-    """Write `model.gguf`. Raises ExportError: the package gguf is missing, or this is nothing that the proposal covers."""
+    """Write `model.gguf`.
+
+    Args:
+        checkpoint: folder of a PLT.
+        folder: folder to write into.
+        bits: bits per quantised weight, 4 or 8. None: float32.
+
+    Raises:
+        ExportError: the package gguf is missing, or the proposal does not cover this checkpoint.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -42,7 +51,7 @@ def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None
         ("feed_forward_length", config.intermediate_size), ("block_count", config.num_hidden_layers), ("key_length", config.head_dim),
         ("head_count", config.num_attention_heads), ("head_count_kv", config.num_key_value_heads), ("value_length", config.head_dim),
         ("rope_dimension_count", config.head_dim), ("rope_freq_base", rope["rope_theta"]), ("layer_norm_rms_eps", config.rms_norm_eps),
-        ("sliding_window", config.window_tokens + 1), ("uint32", "plt.loop.count", config.plt_num_loops),  # it counts the token itself
+        ("sliding_window", config.window_tokens + 1), ("uint32", "plt.loop.count", config.plt_num_loops),  # GGUF's window counts the token itself
         ("bool", "plt.loop.norm_per_loop", config.plt_normalize_per_loop), ("float32", "plt.loop.embedding_scale", a),
         ("float32", "plt.loop.hidden_scale", c),
         ("string", "plt.loop.gate_input", "hidden" if config.plt_gate_use_hidden_states else "query"),

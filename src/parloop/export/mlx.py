@@ -1,6 +1,6 @@
-"""PLT checkpoints for mlx-lm: our class under the name that mlx-lm looks for, and folders that bring the class along.
+"""PLT checkpoints for mlx-lm: our class under the name that mlx-lm imports, and folders that contain the class.
 
-Unless it quantises, it needs no MLX: a folder for a Mac can be made anywhere.
+Only quantisation needs MLX: otherwise a folder for a Mac can be made anywhere.
 """
 
 import importlib.abc
@@ -20,7 +20,7 @@ MODEL_FILE = Path(__file__).with_name("mlx_model.py")  # self-contained: exporte
 MLX_MODULE = "mlx_lm.models.iquestpltcoder"  # mlx-lm imports `mlx_lm.models.{model_type}`
 EXPORTED_AS = "plt_mlx.py"
 BITS = (4, 8)
-# What mlx-lm reads of a checkpoint.
+# Files of a checkpoint that mlx-lm reads.
 PARTS = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "chat_template*", "LICENSE*",
@@ -28,20 +28,20 @@ PARTS = (
 
 
 class _ModelFinder(importlib.abc.MetaPathFinder):
-    """Finds our model file as one of mlx-lm's modules. Last in line, so that a class in mlx-lm itself would come first."""
+    """Finds our model file as one of mlx-lm's modules. It is the last finder, so a class in mlx-lm itself would take precedence."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         return importlib.util.spec_from_file_location(fullname, MODEL_FILE) if fullname == MLX_MODULE else None
 
 
 def register() -> None:
-    """Let mlx-lm load PLT checkpoints in this process, with no trust flag. Nothing of mlx-lm is changed, nor imported."""
+    """Let mlx-lm load PLT checkpoints in this process, without a trust flag. mlx-lm is neither changed nor imported."""
     if not any(isinstance(finder, _ModelFinder) for finder in sys.meta_path):
         sys.meta_path.append(_ModelFinder())
 
 
 def mlx_lm_version() -> str | None:
-    """Version of the installed mlx-lm; None without one."""
+    """Return the version of the installed mlx-lm; None if there is none."""
     try:
         return version("mlx-lm")
     except PackageNotFoundError:
@@ -49,11 +49,11 @@ def mlx_lm_version() -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A PLT checkpoint's `config.json`, which mlx-lm's class can compute.
+    """Return a PLT checkpoint's `config.json`, checked against the MLX model.
 
     Raises:
-        ExportError: there is none, it is of another architecture, or it has options that the MLX model does not implement (that is
-            found out here only where mlx-lm is installed, and else when the folder is first used).
+        ExportError: there is none, it is of another architecture, or it has options that the MLX model does not implement (checked here
+            only if mlx-lm is installed, otherwise when the folder is first used).
     """
     try:
         config = dict[str, Any](json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -81,14 +81,14 @@ def export_mlx(checkpoint: Path, folder: Path, bits: int | None = None) -> None:
     Args:
         checkpoint: folder of a PLT.
         folder: an empty folder.
-        bits: quantise the linear layers and the embedding to this many, in groups of 64 weights with a scale and an offset each (32,
-            if a size of the model is no multiple of 64). Gates and norms stay as they are. None: all weights stay.
+        bits: quantise the linear layers and the embedding to this many bits, in groups of 64 weights with a scale and an offset each (32,
+            if a size of the model is not a multiple of 64). Gates and norms stay as they are. None: all weights stay.
 
     Raises:
-        ExportError: it is no PLT, is quantised already, or cannot be.
+        ExportError: the checkpoint is not a PLT, is quantised already, or cannot be quantised.
     """
     config = read_config(checkpoint)
-    if not too_old():  # else this transformers has no model to compare with
+    if not too_old():  # otherwise this transformers has no model to compare with
         from ..checkpoints import check_weights
 
         check_weights(checkpoint)
@@ -112,7 +112,7 @@ def _quantise(checkpoint: Path, folder: Path, config: dict[str, Any], bits: int)
             f"bits={bits} must be 4 or 8. Others by mlx-lm: parloop run -m mlx_lm convert -q --q-bits {bits} ..."
         )
     if "quantization" in config:
-        raise ExportError(f"checkpoint {str(checkpoint)!r} is quantised already: export what it was made from.")
+        raise ExportError(f"checkpoint {str(checkpoint)!r} is quantised already: export the original checkpoint.")
     if mlx_lm_version() is None:
         raise ExportError('mlx-lm quantises, and is not installed: pip install "parloop[mlx]", or leave --bits out.')
     heads = config["num_attention_heads"] * (
@@ -120,13 +120,13 @@ def _quantise(checkpoint: Path, folder: Path, config: dict[str, Any], bits: int)
     )
     sizes = {"hidden_size": config["hidden_size"], "intermediate_size": config["intermediate_size"], "heads": heads}
     group = next((n for n in (64, 32) if not any(size % n for size in sizes.values())), None)
-    if group is None:  # mlx-lm would leave such layers as they are, without a word
+    if group is None:  # mlx-lm would silently leave such layers as they are
         raise ExportError(f"{sizes} must be multiples of 32 to be quantised in groups: leave --bits out.")
     from mlx_lm.convert import convert
 
-    scratch = folder / "quantised"  # convert wants to make its folder
+    scratch = folder / "quantised"  # convert creates its folder itself
     convert(str(checkpoint), str(scratch), quantize=True, q_bits=bits, q_group_size=group)
     for path in scratch.iterdir():
         path.rename(folder / path.name)
     scratch.rmdir()
-    (folder / "README.md").unlink(missing_ok=True)  # a model card about nothing
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card

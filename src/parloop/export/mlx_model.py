@@ -1,7 +1,7 @@
 """The Parallel Loop Transformer (PLT, arXiv 2510.24824; LoopCoder-v2, arXiv 2606.18023) for mlx-lm, in one file.
 
 Part of parloop (Apache-2.0). mlx-lm finds it as `mlx_lm.models.iquestpltcoder` (`parloop run -m mlx_lm ...`), or as the `model_file` of an
-exported folder, where it runs without parloop. It needs mlx and mlx-lm and nothing else, and imports nothing from where it lies.
+exported folder, where it runs without parloop. It needs only mlx and mlx-lm, and imports nothing from its own folder.
 
     E      = Embed(x)
     loop 1 : h_1 = FinalNorm(stack(E)), ordinary causal attention; every layer keeps its keys and values (K1, V1)
@@ -10,14 +10,14 @@ exported folder, where it runs without parloop. It needs mlx and mlx-lm and noth
                  out = g * attention over (K1, V1) + (1 - g) * attention over this loop's own keys, the token itself and w before it
     logits = Head(h_R)
 
-A step with one token is one pass over the weights with the R loops as rows (`PLTModel._one_token`); prompts and training go loop after
-loop (`_loop_by_loop`). Of prompts, loops 2..R run on the tail that later tokens depend on, and this is where MLX's laziness helps: a call
-on a chunk of a prompt builds two graphs, one that the caches need, and one that gives all logits. Who evaluates the caches only, as mlx-lm
-does for all of a prompt but its last token, runs the first one. Who evaluates the logits gets all of them.
+A step with one token is one pass over the weights with the R loops as rows (`PLTModel._one_token`); prompts and training run loop after
+loop (`_loop_by_loop`). For prompts, loops 2..R are needed only on the tail that later tokens depend on, and MLX's lazy evaluation selects
+it: a call on a chunk of a prompt builds two graphs, one for the caches, and one for all logits. Evaluating only the caches, as mlx-lm does
+for all of a prompt but its last token, runs the first graph. Evaluating the logits gives all of them.
 
 Caches are mlx-lm's own: L KVCache for loop 1, then one CacheList of L * (R - 1) RotatingKVCache (the windows) and one ArraysCache of R - 1
-(the carry: each loop's state of the last token). Only loop 1's grow with the text. With `--kv-bits` they are quantised and the others are
-left alone, since a CacheList cannot be.
+(the carry: each loop's state of the last token). Only loop 1's grow with the text. `--kv-bits` quantises them and leaves the others as
+they are, since a CacheList cannot be quantised.
 
 Axes, as suffixes: B sequences, T tokens of this call, S keys, D hidden size, H query heads, G key/value heads, K head size, R loops,
 N rows (some or all of T tokens of one loop, or R loops of one token). Loops are numbered 1..R in prose, from 0 in code.
@@ -40,7 +40,7 @@ ROPE_FIELDS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
 }
-# Fields of config.json that change nothing that is computed here, or that mlx-lm itself looks at.
+# Fields of config.json that do not change the computation here, or that mlx-lm itself reads.
 NOT_THE_MODELS = {
     "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id",
     "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "max_length", "max_new_tokens", "model_file",
@@ -52,11 +52,11 @@ NOT_THE_MODELS = {
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """The fields of a PLT's `config.json` and what an absent one means: absent is not the released value.
+    """The fields of a PLT's `config.json` and their defaults, which are not the released values.
 
     Raises:
-        ValueError: a field that this file does not implement, or a value that describes no model. mlx-lm itself would drop unknown
-            fields in silence.
+        ValueError: this file does not implement a field, or a value describes no model. mlx-lm itself would silently drop unknown
+            fields.
     """
 
     model_type: str
@@ -88,14 +88,15 @@ class ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_dict(cls, params):
+        """Read the fields of a `config.json`."""
         known = cls.__dataclass_fields__.keys() | NOT_THE_MODELS
         for name, value in params.items():
             if name not in known and not name.startswith("_") and value not in (None, False, [], {}):
                 raise ValueError(
-                    f"config.json has {name}={value!r}, which the MLX model does not implement: remove it if it changes nothing that is "
-                    f"computed, else this checkpoint cannot be run with MLX."
+                    f"config.json has {name}={value!r}, which the MLX model does not implement: remove it if it does not change "
+                    f"the computation; otherwise this checkpoint cannot be run with MLX."
                 )
-        # null means as if it were absent
+        # null is the same as absent
         return super().from_dict({name: value for name, value in params.items() if value is not None})
 
     def __post_init__(self):
@@ -123,7 +124,7 @@ class ModelArgs(BaseModelArgs):
         self.rope_theta, self.rope_scaling = self._rope()
 
     def _rope(self):
-        """Base and scaling, whichever spelling the file has, and in doubt as transformers decides."""
+        """Return RoPE's base and scaling, in either spelling of the file; conflicts are resolved as in transformers."""
         rope = self.rope_scaling or self.rope_parameters or {}
         rope = {name: value for name, value in rope.items() if value is not None}
         theta = rope.pop("rope_theta", 500000.0 if self.rope_theta is None else self.rope_theta)
@@ -144,14 +145,14 @@ class ModelArgs(BaseModelArgs):
             raise ValueError(f"rope_scaling of rope_type={kind!r} lacks a factor.")
         if "original_max_position_embeddings" in ROPE_FIELDS[kind]:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        if not (rope.get("mscale") and rope.get("mscale_all_dim")):  # in transformers, one says nothing without the other
+        if not (rope.get("mscale") and rope.get("mscale_all_dim")):  # transformers ignores one without the other
             rope.pop("mscale", None)
             rope.pop("mscale_all_dim", None)
         return theta, {"rope_type": kind, **rope}
 
 
 class Gate(nn.Module):
-    """g = sigmoid(gate(x)): how much of a head's output is global. Not an nn.Linear, so that nothing quantises it."""
+    """g = sigmoid(gate(x)), the share of global attention in a head's output. Not an nn.Linear, so that nothing quantises it."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -163,7 +164,7 @@ class Gate(nn.Module):
             self.gate_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, x_BND, q_BHNK):
-        """g [B, H, N, 1] of the layer's input *before* the layer's own norm, or of the rotated query."""
+        """Return g [B, H, N, 1] of the layer's input *before* the layer's own norm, or of the rotated query."""
         if self.reads_hidden:
             logits_BHN = (self.gate_norm(x_BND) @ self.weight.T + self.bias).transpose(0, 2, 1)
         else:
@@ -172,7 +173,7 @@ class Gate(nn.Module):
 
 
 def last_rows(mask, rows, keys=None):
-    """Cut a mask [.., T, S] to the last rows and the last keys. The string "causal" ends at the last row and key by itself."""
+    """Cut a mask [.., T, S] to the last rows and the last keys. The string "causal" always ends at the last row and key."""
     if mask is None or isinstance(mask, str):
         return mask
     return mask[..., -rows:, :] if keys is None else mask[..., -rows:, -keys:]
@@ -198,23 +199,23 @@ class Attention(nn.Module):
         self.rope = initialize_rope(K, args.rope_theta, False, args.rope_scaling, args.max_position_embeddings)
 
     def first(self, normed_BTD, offset, mask, full):
-        """Loop 1. The output, and the keys and values that all later loops of this layer read."""
+        """Run loop 1. Returns the output, and the keys and values that all later loops of this layer read."""
         q, k, v = self._project(normed_BTD, offset)
         if full is not None:
             k, v = full.update_and_fetch(k, v)
         return self._output(self._attend(q, k, v, mask, full)), (k, v)
 
     def later(self, x_BND, normed_BND, kv1, offset, masks, full, window, skipped):
-        """Loop 2..R on the last N of `skipped` + N tokens."""
+        """Run one of the loops 2..R on the last N of `skipped` + N tokens. Returns the output."""
         q, k, v = self._project(normed_BND, offset)
         N = q.shape[2]
-        if skipped:  # zeros to the window, which counts every token; nothing that comes reads so far back
+        if skipped:  # the window counts every token, so it gets zeros for skipped ones; no later token reads so far back
             k, v = (mx.pad(t, [(0, 0), (0, 0), (skipped, 0), (0, 0)]) for t in (k, v))
         if window is not None:
             k, v = window.update_and_fetch(k, v)
         if skipped:
             k, v = (t[:, :, -(N + self.window) :] for t in (k, v))
-        # Note: attention over quantised keys scales the query in place, so it comes last. Else the local logits would be scaled twice.
+        # Note: attention over quantised keys scales the query in place, so it comes last. Otherwise local logits would be scaled twice.
         g_BHN1 = self.plt_gate(x_BND, q)
         local_BHNK = self._attend(q, k, v, last_rows(masks[1], N, k.shape[2]))
         k1, v1 = kv1
@@ -222,7 +223,8 @@ class Attention(nn.Module):
         return self._output(g_BHN1 * global_BHNK + (1 - g_BHN1) * local_BHNK)
 
     def one_token(self, x_BRD, normed_BRD, offset, masks, full, windows):
-        """All loops of one token. Loop 1's new key is written before any row reads, and every key is read once for all rows."""
+        """Run all loops of one token. Loop 1's new key is written before any row reads, and every key is read once for
+        all rows."""
         q, k, v = self._project_loops(normed_BRD, offset)
         local_BHNK = []
         for r, window in enumerate(windows, 1):
@@ -238,18 +240,18 @@ class Attention(nn.Module):
         return self._output(out_BHRK)
 
     def _heads(self, normed_BND):
-        """Queries [B, N, H, K], keys and values [B, N, G, K], not rotated."""
+        """Return queries [B, N, H, K], keys and values [B, N, G, K], not rotated."""
         B, N, _ = normed_BND.shape
         q, k, v = (p(normed_BND).reshape(B, N, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
     def _project(self, normed_BND, offset):
-        """Rotated queries [B, H, N, K] and keys, and values [B, G, N, K], of N tokens that follow each other."""
+        """Return rotated queries [B, H, N, K] and keys, and values [B, G, N, K], of N consecutive tokens."""
         q, k, v = (t.transpose(0, 2, 1, 3) for t in self._heads(normed_BND))
         return self.rope(q, offset=offset), self.rope(k, offset=offset), v
 
     def _project_loops(self, normed_BRD, offset):
-        """As _project, for R rows at one position: to RoPE they are heads of one token."""
+        """Project R rows at one position, as _project: for RoPE they are heads of one token."""
         q, k, v = self._heads(normed_BRD)
         B, R = q.shape[:2]
         q, k = (
@@ -285,7 +287,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, x_BND, kv1, offset, masks, full=None, window=None, skipped=0):
-        """One loop over N tokens; kv1 None: loop 1. Returns the output and kv1. (`--grad-checkpoint` wraps this method.)"""
+        """Run one loop over N tokens; loop 1 if kv1 is None. Returns the output and kv1. (`--grad-checkpoint` wraps this method.)"""
         normed_BND = self.input_layernorm(x_BND)
         if kv1 is None:
             out_BND, kv1 = self.self_attn.first(normed_BND, offset, masks[0], full)
@@ -294,6 +296,7 @@ class Layer(nn.Module):
         return self._feed_forward(x_BND + out_BND), kv1
 
     def one_token(self, x_BRD, offset, masks, full, windows):
+        """Run all loops of one token, as R rows."""
         return self._feed_forward(
             x_BRD + self.self_attn.one_token(x_BRD, self.input_layernorm(x_BRD), offset, masks, full, windows)
         )
@@ -313,7 +316,7 @@ class PLTModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, ids_BT, cache=None):
-        """h_R [B, T, D]."""
+        """Return h_R [B, T, D] of ids [B, T]."""
         L, R, w = len(self.layers), self.args.plt_num_loops, self.args.plt_window_size[0]
         e_BTD = self.embed_tokens(ids_BT)
         full: list = list(cache[:L]) if cache else [None] * L
@@ -324,7 +327,7 @@ class PLTModel(nn.Module):
             create_attention_mask(e_BTD, full[0]),
             create_attention_mask(e_BTD, windows[0][0], window_size=w + 1) if windows else None,
         )
-        offset = full[0].offset + 0 if cache else 0  # of a batch it is an array, which a cache may change in place
+        offset = full[0].offset + 0 if cache else 0  # for a batch it is an array, which a cache may change in place
         if cache and ids_BT.shape[1] == 1:
             return self._one_token(e_BTD, offset, masks, full, windows, carry)
         return self._loop_by_loop(e_BTD, offset, masks, full, windows, carry)
@@ -337,7 +340,7 @@ class PLTModel(nn.Module):
         h_BTD = self._after_loop(x_BTD, 0)
         if not windows:
             return h_BTD
-        # In a batch that is padded on the right, a row's tail ends before the padding.
+        # In a right-padded batch, a row's tail ends before the padding.
         padding = 0 if carry.lengths is None else T - int(mx.clip(carry.lengths, 0, T).min())
         if full[0] is None or self._tail(1, 0) + padding >= T:
             h_BTD = self._later_loops(e_BTD, h_BTD, kv1, offset, masks, full, windows, carry, None)
@@ -349,7 +352,8 @@ class PLTModel(nn.Module):
         return h_BTD
 
     def _later_loops(self, e_BTD, h_BND, kv1, offset, masks, full, windows, carry, padding):
-        """Loops 2..R: on all tokens, or (`padding` given) on the last ones that the caches need, fewer from layer to layer."""
+        """Run loops 2..R: on all tokens, or (`padding` given) on the last ones that the caches need, fewer from layer to
+        layer."""
         T = e_BTD.shape[1]
         for r in range(1, self.args.plt_num_loops):
             N = T if padding is None else self._tail(r, 0) + padding
@@ -363,18 +367,19 @@ class PLTModel(nn.Module):
         return h_BND
 
     def _tail(self, loop, layer):
-        """On how many of the last tokens a layer must be run in one of the loops 2..R to leave a cache that one can go on from.
+        """Return the number of last tokens on which a layer must run in one of the loops 2..R, so that its cache can be continued.
 
-        A layer's output reads its input at its own token and the w before it, so each layer is needed on w tokens more than the next,
-        and the last layer of loop R, whose keys alone are kept, on w. Loop r + 1 reads loop r one token to the left, and whatever comes
-        next reads loop r's last state.
+        A layer's output reads its input at its own token and the w before it, so each layer is needed on w tokens more than the next one,
+        and the last layer of loop R, of which only the keys are kept, on w. Loop r + 1 reads loop r one token to the left, and the next
+        call reads loop r's last state.
         """
         L, R, w = len(self.layers), self.args.plt_num_loops, self.args.plt_window_size[0]
-        keep = int(w == 0)  # then nothing of loop R is needed, and no call should have zero rows
+        keep = int(w == 0)  # with w = 0 nothing of loop R is needed, but a call must not have zero rows
         return keep + (R - 1 - loop) * (L * w + 1) + (L - layer) * w
 
     def _one_token(self, e_B1D, offset, masks, full, windows, carry):
-        """A decode step: the loops of one token as R rows of one pass. Row r reads loop r - 1's state of the previous token."""
+        """Run a decode step: the loops of one token as R rows of one pass. Row r reads loop r - 1's state of the previous
+        token."""
         R = self.args.plt_num_loops
         later = [self._combine(e_B1D, mx.zeros_like(e_B1D) if carry[r] is None else carry[r]) for r in range(R - 1)]
         x_BRD = mx.concatenate([e_B1D, *later], axis=1)
@@ -385,7 +390,7 @@ class PLTModel(nn.Module):
         return self._after_loop(x_BRD[:, R - 1 :], R - 1)
 
     def _combine(self, e, shifted):
-        """b = a * E + c * shift(h), the input of loops 2..R."""
+        """Return b = a * E + c * shift(h), the input of loops 2..R."""
         a, c = self.args.plt_emb_scale, self.args.plt_hidden_scale
         return (e if a is None else a * e) + (shifted if c is None else c * shifted)
 
@@ -394,7 +399,8 @@ class PLTModel(nn.Module):
         return self.norm(x) if self.args.plt_normalize_per_loop or loop == self.args.plt_num_loops - 1 else x
 
     def _shift(self, h_BND, N, T, carry, loop):
-        """shift(h) of the last N of T tokens, from the states of all T or of some more than N. Keeps what the next token reads."""
+        """Return shift(h) of the last N of T tokens, from the states of all T, or of some number above N. Keeps the state
+        that the next token reads."""
         if (mask_BT := carry.make_mask(T)) is not None:  # a first token must not read the padding to its left
             h_BND = mx.where(mask_BT[:, -h_BND.shape[1] :, None], h_BND, 0)
         if h_BND.shape[1] == T:
@@ -402,7 +408,7 @@ class PLTModel(nn.Module):
             h_BND = mx.concatenate((past_B1D, h_BND), axis=1)
         if carry.lengths is None:
             carry[loop] = h_BND[:, -1:]
-        else:  # of a row that is padded on its right, the last real token's state
+        else:  # of a right-padded row, the last real token's state
             last_B = h_BND.shape[1] - 1 - T + mx.clip(carry.lengths, 0, T)
             carry[loop] = mx.take_along_axis(h_BND, last_B[:, None, None], axis=1)
         return h_BND[:, -N - 1 : -1]
@@ -420,26 +426,29 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def __call__(self, inputs, cache=None):
-        """Logits [B, T, V] of ids [B, T]."""
+        """Return logits [B, T, V] of ids [B, T]."""
         h_BTD = self.model(inputs, cache)
         return self.model.embed_tokens.as_linear(h_BTD) if self.args.tie_word_embeddings else self.lm_head(h_BTD)
 
     @property
     def layers(self):
+        """The decoder layers."""
         return self.model.layers
 
     def make_cache(self):
+        """Return an empty cache, as the module's docstring describes it."""
         L, R, w = len(self.layers), self.args.plt_num_loops, self.args.plt_window_size[0]
         full: list = [KVCache() for _ in range(L)]
         if R == 1:
             return full
-        windows = [RotatingKVCache(max_size=w + 1) for _ in range(L * (R - 1))]  # it counts the token itself
+        windows = [RotatingKVCache(max_size=w + 1) for _ in range(L * (R - 1))]  # max_size counts the token itself
         return [*full, CacheList(*windows, ArraysCache(R - 1))]
 
     def sanitize(self, weights):
-        """The checkpoint's weights under our names: one name for gates, and as many gates as the loop count needs.
+        """Return the checkpoint's weights under our names: one name for gates, and as many gates as the loop count needs.
 
-        A checkpoint that was trained with one loop has no gates; at another count they are the even blend that gates start with.
+        A checkpoint that was trained with one loop has no gates; at another count its gates are initialised to an even
+        blend.
         """
         weights = {name.replace(".loop_gate_proj.", ".plt_gate."): weight for name, weight in weights.items()}
         weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}

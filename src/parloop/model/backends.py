@@ -27,8 +27,8 @@ class AttentionModule(Protocol):
     training: bool
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
-    """Plain attention. As in transformers' Llama, but float64 stays float64 and the weights are returned."""
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
+    """Compute plain attention, as transformers' Llama does, but keep float64 and return the weights."""
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     scores_BHTS = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -36,19 +36,19 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=dtype).to(query.dtype)
     weights_BHTS = F.dropout(weights_BHTS, p=dropout, training=module.training)
-    return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS  # [B, T, H, K]
+    return (weights_BHTS @ value).transpose(1, 2), weights_BHTS  # [B, T, H, K]
 
 
 def attend(
     attention: AttentionModule, q_BHTK, k_BGSK, v_BGSK, mask: Any, windowed: bool = False, seen_as: Any = None, **kwargs
 ):
-    """Attention through transformers' interface.
+    """Attend through transformers' interface.
 
     Args:
         attention: a PLTAttention.
-        mask: as the backend wants it, see masks.py; None: causal, or everything for a single query.
+        mask: in the backend's format, see masks.py; None: causal, or every key for a single query.
         windowed: the keys are a later loop's own, of which a query sees w + 1.
-        seen_as: what the backend takes for the module; default: `attention`.
+        seen_as: the module that is passed to the backend; default: `attention`.
 
     Returns:
         output [B, T, H, K]; weights [B, H, T, S] or None.
@@ -63,10 +63,10 @@ def attend(
 
 
 def attend_rows(attention: AttentionModule, q_BGnK, k_BGSK, v_BGSK, mask: Any, **kwargs) -> torch.Tensor:
-    """Attention of n queries that share a key head and see the same keys, [B, G, n, K]: in a decode step, loops and heads.
+    """Attend with n queries that share a key head and see the same keys, [B, G, n, K]: in a decode step, loops and heads.
 
-    To eager and sdpa they are n tokens of a text without causality, so that a key is read once for all of them: heads of a
-    group would each read it again. To other backends, which may take masks for those of tokens, they are heads.
+    To eager and sdpa they are passed as n tokens of a text without causality, so that a key is read once for all of them; as heads
+    of a group, each would read it again. To other backends, which may expect masks to be about tokens, they are passed as heads.
     """
     B, G, n, K = q_BGnK.shape
     if attention.config._attn_implementation in BANDED:

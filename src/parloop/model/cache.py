@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     DynamicSlidingWindowLayer,
@@ -31,26 +30,23 @@ from transformers.cache_utils import (
 from .configuration import PLTConfig, loop_count
 
 
-def full_index(config: PLTConfig, layer: int) -> int:
-    return layer
-
-
 def window_index(config: PLTConfig, loop: int, layer: int) -> int:
+    """Return the index of the window of `layer` in `loop` (1 .. R-1)."""
     return config.num_hidden_layers * loop + layer
 
 
 def carry_index(config: PLTConfig, num_loops: int, loop: int) -> int:
-    """Index of the carry from `loop` to `loop + 1`."""
+    """Return the index of the carry from `loop` to `loop + 1`."""
     return config.num_hidden_layers * num_loops + loop
 
 
 def carries(config: PLTConfig, num_loops: int) -> int:
-    """Number of carries in a cache."""
+    """Count the carries in a cache."""
     return num_loops - 1 if config.plt_offset > 0 else 0
 
 
 class PrefixCache(DynamicCache):
-    """A cache that begins with keys and values which were learnt, as PEFT's prefix tuning does. Loop 1 holds them, so every loop
+    """A cache that begins with learnt keys and values, as PEFT's prefix tuning makes it. Loop 1 holds them, so every loop
     attends to them globally. They have no states: windows and carries begin with the text."""
 
     def __init__(self, keys_and_values: Iterable[tuple[torch.Tensor, torch.Tensor]]):
@@ -59,17 +55,17 @@ class PrefixCache(DynamicCache):
 
 
 def prefix_tokens(cache: Any) -> int:
-    """Number of tokens at a cache's beginning that only loop 1 holds."""
+    """Count the tokens at a cache's beginning that only loop 1 holds."""
     return cache.prefix_tokens if isinstance(cache, PrefixCache) else 0
 
 
 def make_cache(config: PLTConfig, num_loops: int | None = None, max_cache_len: int | None = None) -> Cache:
-    """An empty cache for `num_loops` loops (default: the configuration's).
+    """Make an empty cache for `num_loops` loops (default: the configuration's).
 
     Args:
         config: the model's configuration.
         num_loops: R. The cache then serves calls with this loop count only.
-        max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); else it grows.
+        max_cache_len: in tokens. If given, the cache is static (fixed addresses, for torch.compile); otherwise it grows.
 
     Returns:
         A stock DynamicCache or StaticCache of L * R + R - 1 layers, see the table at the top of this file.
@@ -92,14 +88,14 @@ def extend_cache(cache: Cache, config: PLTConfig, num_loops: int) -> Cache:
         ValueError: the cache holds tokens but was not made for `num_loops` loops, or forgets tokens of loop 1.
     """
     L, R = config.num_hidden_layers, num_loops
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers[:L]):
+    if any(getattr(layer, "is_sliding", True) for layer in cache.layers[:L]):  # layers of linear attention do not say
         raise ValueError(
-            "The cache was made for a model with sliding windows and would forget tokens that every loop of a PLT reads: make it "
-            "with parloop.make_cache(model.config), or pass an empty DynamicCache()."
+            "The cache was made for a model whose layers see windows or states, and would forget tokens that every loop of a PLT "
+            "reads: make it with parloop.make_cache(model.config), or pass an empty DynamicCache()."
         )
     n = carries(config, R)
     if len(cache.layers) == L * R + n and (R == 1 or isinstance(cache.layers[-1], (CarryLayer, *WINDOWS))):
-        if not cache.is_compileable and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
+        if not is_static(cache) and cache.get_seq_length() == 0:  # after a reset, another batch size may follow
             for index in range(L * R, L * R + n):
                 carry: Any = cache.layers[index]
                 cache.layers[index] = fresh = CarryLayer()
@@ -129,9 +125,15 @@ def remember(cache: Cache | None, k_BGNK: torch.Tensor, v_BGNK: torch.Tensor, in
 
 
 def tokens_held(cache: Cache | None, config: PLTConfig, loop: int, layer: int) -> int:
-    """Number of earlier tokens that a window holds, at most w."""
+    """Count the earlier tokens that a window holds, at most w."""
     w = config.window_tokens
     return 0 if cache is None or w == 0 else min(cache.get_seq_length(window_index(config, loop, layer)), w)
+
+
+def is_static(cache: Any) -> bool:
+    """Check whether a cache has a fixed length, part of which may be empty. (`is_compileable` is not the same: a static cache that
+    records its past is not.)"""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
@@ -140,20 +142,21 @@ def is_recording_past(cache: Cache, config: PLTConfig) -> bool:
 
 
 def cached_loops(cache: Cache, config: PLTConfig) -> int | None:
-    """The loop count that a cache was made for, or None if it is not one of ours."""
+    """Return the loop count that a cache was made for, 0 if it has no layers yet, or None if parloop did not make it."""
     extra = 1 if config.plt_offset > 0 else 0
     loops, rest = divmod(len(cache.layers) + extra, config.num_hidden_layers + extra)
-    return loops if rest == 0 and loops >= 1 else None
+    return loops if rest == 0 else None
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
-    """Bytes held by a cache: {"full", "window", "carry"}."""
+    """Count the bytes that a cache holds: {"full", "window", "carry"}."""
     held = {"full": 0, "window": 0, "carry": 0}
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if isinstance(layer, LinearAttentionLayer):
             held["carry"] += sum(state.nbytes for state in layer.conv_states.values() if state is not None)
-        elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
-            kind = "window" if getattr(layer, "is_sliding", False) else "full"
+        elif layer.keys is not None:
+            kind = "window" if layer.is_sliding else "full"
             held[kind] += layer.keys.nbytes + layer.values.nbytes
     return held
 

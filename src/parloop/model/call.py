@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import selected_hidden_states
 
-from .cache import prefix_tokens
+from .cache import is_static, prefix_tokens
 from .configuration import PLTConfig, loop_count
 
 
@@ -36,7 +36,8 @@ def chosen_loops(model: Any, num_loops: int | None) -> int:
 
 
 def check_call(model: Any, num_loops: int, output_hidden_states: bool | int | list[int] | None) -> None:
-    """
+    """Refuse a call whose arguments contradict its loop count.
+
     Raises:
         ValueError: hidden states chosen by numbers that mean other loops; reentrant checkpointing of loops in
             DistributedDataParallel.
@@ -64,9 +65,9 @@ def check_inputs(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> tuple[torch.Tensor | None, bool]:
-    """The attention mask (None if it masks nothing), and whether position_ids pack several documents into a row.
+    """Return the attention mask (None if it masks nothing), and whether position_ids pack several documents into a row.
 
     The mask's values are read, which makes a GPU wait; but not in the single steps that follow a left-padded prompt, where the mask
     grows by ones.
@@ -76,32 +77,32 @@ def check_inputs(
             rows with FlashAttention.
     """
     T, backend = inputs_embeds.shape[1], config._attn_implementation
-    is_static = past_key_values is not None and past_key_values.is_compileable
+    static = is_static(cache)
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but PLT derives several masks from it (full, "
                 f"window, carry): pass [batch, tokens so far], 1 for real tokens and 0 for padding."
             )
-        past = 0 if past_key_values is None or is_static else past_key_values.get_seq_length()
-        if not is_static and attention_mask.shape[1] != past + T:
+        past = 0 if cache is None or static else cache.get_seq_length()
+        if not static and attention_mask.shape[1] != past + T:
             raise ValueError(
                 f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past + T} so far ({past} "
                 f"cached, {T} new): it must cover all of them."
             )
     if torch.compiler.is_compiling():  # what follows reads values
-        return attention_mask, position_ids is not None and attention_mask is None and past_key_values is None
-    if attention_mask is not None and not (T == 1 and getattr(past_key_values, "is_left_padded", False)):
+        return attention_mask, position_ids is not None and attention_mask is None and cache is None
+    if attention_mask is not None and not (T == 1 and getattr(cache, "is_left_padded", False)):
         is_padded = not bool(attention_mask.all())
         if is_padded and num_loops > 1:
-            _refuse_padding_inside(attention_mask[:, prefix_tokens(past_key_values) :])
-        if past_key_values is not None:
-            past_key_values.is_left_padded = is_padded and bool(attention_mask[:, -1].all())  # type: ignore[attr-defined]
-        if not is_padded and not is_static:
+            _refuse_padding_inside(attention_mask[:, prefix_tokens(cache) :])
+        if cache is not None:
+            cache.is_left_padded = is_padded and bool(attention_mask[:, -1].all())  # type: ignore[attr-defined]
+        if not is_padded and not static:
             attention_mask = None
     if position_ids is None or T == 1:
         return attention_mask, False
-    if past_key_values is None:
+    if cache is None:
         restarts = position_ids.diff(dim=-1) != 1
     else:
         restarts = position_ids[:, 1:] == 0
@@ -110,12 +111,12 @@ def check_inputs(
         restarts = restarts & real[:, 1:] & real[:, :-1]
     if not bool(restarts.any()):
         return attention_mask, False
-    if past_key_values is not None:
+    if cache is not None:
         raise ValueError("position_ids restart in a call that uses a cache: pass packed documents with use_cache=False.")
     if attention_mask is not None:
         raise ValueError(
             "Packed documents (position_ids restart) together with padding in attention_mask: leave attention_mask out. "
-            "Documents are told apart by position_ids, and padding after them is never seen."
+            "Documents are distinguished by position_ids, and padding after them is never seen."
         )
     if backend.startswith("flash") and position_ids.shape[0] > 1:
         raise ValueError(
@@ -126,7 +127,7 @@ def check_inputs(
 
 
 def _refuse_padding_inside(attention_mask: torch.Tensor) -> None:
-    """Padding between tokens of one text: windows and carries hold neighbours, and would hold the padding."""
+    """Refuse padding between tokens of one text: windows and carries hold neighbours, and would hold the padding."""
     real = attention_mask.bool()
     if bool(((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any()):
         raise ValueError(

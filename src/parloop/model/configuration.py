@@ -38,7 +38,7 @@ def released_name(name: str) -> str:
 
 
 def loop_count(value: Any, name: str = "num_loops") -> int:
-    """A loop count as an int: any integer type of at least 1, numpy's too, but not a bool.
+    """Return a loop count as an int. Accepts any integer type of at least 1, numpy's too, but not a bool.
 
     Raises:
         ValueError: it is something else.
@@ -84,7 +84,7 @@ class PLTConfig(PreTrainedConfig):
     """
 
     model_type = "iquestpltcoder"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "loop_states", "loop_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "loop_states", "loop_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_loops": "plt_num_loops"}
     default_theta = 500000.0
     # What FSDP2 gathers together when transformers shards the model. The final norm and the head are left to the root: the norm runs
@@ -158,17 +158,17 @@ class PLTConfig(PreTrainedConfig):
 
     @property
     def window_tokens(self) -> int:
-        """w: how many tokens before itself a token sees in loops 2..R (its own key is one more)."""
+        """w, the number of tokens before itself that a token sees in loops 2..R (its own key is one more)."""
         return self.plt_window_size[0]
 
     @property
     def visited_layers(self) -> int:
-        """L * R: how often a layer is run in a pass, by which `output_hidden_states` counts."""
+        """L * R, the number of layer visits of a pass, which `output_hidden_states` counts by."""
         return self.num_hidden_layers * self.plt_num_loops
 
     @cached_property
     def auto_map(self) -> dict[str, str]:
-        """Empty, unless a repository's file names code of its own. TRL and others read this of every model that
+        """Empty, unless a repository's file names its own code. TRL and others read this of every model that
         transformers does not bring itself."""
         return {}
 
@@ -262,7 +262,7 @@ class PLTConfig(PreTrainedConfig):
         self._check_numbers()
 
     def _check_forms(self, others: dict[str, Any]) -> None:
-        """Before transformers takes the fields apart: what it would stumble over.
+        """Check the fields that transformers' own constructor would fail on, before it runs.
 
         Args:
             others: fields under the names that released files have.
@@ -278,7 +278,7 @@ class PLTConfig(PreTrainedConfig):
         dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-            raise ValueError(f"dtype={dtype!r} is none that a model can have: use 'bfloat16', 'float16' or 'float32'.")
+            raise ValueError(f"dtype={dtype!r} is not a dtype of models: use 'bfloat16', 'float16' or 'float32'.")
 
     def _check_numbers(self) -> None:
         rope = {name: value for name, value in (self.rope_parameters or {}).items() if name not in ("rope_type", "type")}
@@ -319,7 +319,7 @@ class PLTConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The dictionary that `save_pretrained` writes to `config.json`."""
+        """Return the dictionary that `save_pretrained` writes to `config.json`."""
         now = self._released_form()
         if "_as_read" not in self.__dict__:
             return now

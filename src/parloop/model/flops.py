@@ -4,7 +4,7 @@ from .configuration import PLTConfig
 
 
 def forward_flops_per_token(config: PLTConfig, length: int, num_loops: int | None = None) -> float:
-    """Forward FLOPs of one token in a text of `length` tokens, averaged over the text.
+    """Return the forward FLOPs of one token in a text of `length` tokens, averaged over the text.
 
     Matrix products of every visited layer, attention over loop 1's keys (half the text on average) and over windows, the
     gates, and the head once. Norms, activations and the embedding look-up are left out (below one per cent).
@@ -21,5 +21,5 @@ def forward_flops_per_token(config: PLTConfig, length: int, num_loops: int | Non
 
 
 def training_flops_per_token(config: PLTConfig, length: int, num_loops: int | None = None) -> float:
-    """Forward, and twice as much backward."""
+    """Return the FLOPs of one token's training step: the forward pass, and twice as much for the backward pass."""
     return 3 * forward_flops_per_token(config, length, num_loops)

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
 
 from .cache import cached_loops, extend_cache
+from .cache_argument import CACHE, takes_cache
 from .call import check_inputs
 from .configuration import loop_count
 from .masks import plt_masks
@@ -24,7 +25,7 @@ class PLTGenerationMixin(GenerationMixin):
     def _prefill(self: Any, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # Without it, chunks of a prompt (prefill_chunk_size) would each be taken for a whole prompt, and run later loops on the
         # tail of each. `input_ids` either holds the cached tokens too, and is then as long as the mask, or the new ones only.
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if generation_config.prefill_chunk_size is not None and cache is not None:
             masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
             past = 0 if masked == input_ids.shape[1] else int(cache.get_seq_length())
@@ -35,7 +36,7 @@ class PLTGenerationMixin(GenerationMixin):
         # Without it, a static or quantized cache that generate() makes has no windows and carries when steps are compiled, and a
         # draft model's cache does not record what a rejected draft has to be cropped to.
         GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             num_loops = model_kwargs.get("num_loops")
             extend_cache(cache, self.config, self.config.plt_num_loops if num_loops is None else loop_count(num_loops))
@@ -71,12 +72,13 @@ class PLTGenerationMixin(GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    @takes_cache
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids=None, **kwargs):
         # All masks of a step in advance, for compiled decoding with a static cache. Without it, they would be made inside the
         # compiled step, and only those of a Llama.
-        loops = cached_loops(past_key_values, config) or config.plt_num_loops
-        attention_mask, _ = check_inputs(config, loops, inputs_embeds, attention_mask, None, past_key_values)
-        masks = plt_masks(config, loops, inputs_embeds, attention_mask, past_key_values, position_ids)
+        loops = cached_loops(cache, config) or config.plt_num_loops
+        attention_mask, _ = check_inputs(config, loops, inputs_embeds, attention_mask, None, cache)
+        masks = plt_masks(config, loops, inputs_embeds, attention_mask, cache, position_ids)
         if inputs_embeds.shape[1] == 1:  # it grows with the text, and a compiled step would be compiled again
             del masks["padding"]
         return masks

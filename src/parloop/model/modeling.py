@@ -16,12 +16,13 @@ Because of the shift, loop r of token t needs loop r-1 of token t-1 only. So to 
 ONE pass over the weights (`PLTModel._one_token`); prompts and training go loop after loop (`PLTModel._loop_by_loop`). Both
 read and write one cache, and any split of a text into calls gives the same logits.
 
-The equations and the three ways are here; beside them
-    offset.py      b_r: how a loop reads the loop before it        masks.py       who sees whom
+The equations and the three passes are here. The other files:
+    offset.py      b_r: how a loop reads the loop before it        masks.py       which token sees which
     backends.py    how attention is called                        window.py      the window as bands
-    cache.py       what is kept for later tokens                  tail.py        what later loops of a prompt need
-    call.py        what a call may ask for                        generation.py  what generate() has to know
+    cache.py       state that later tokens read                   tail.py        the tokens of a prompt that later loops need
+    call.py        checks of a call's arguments                   generation.py  overrides of generate()
     rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
+    cache_argument.py  by what name a cache is passed
 
 Axes, as suffixes of tensor names:
     B sequences    T tokens of this call    S keys (cached and new)    D hidden size    R loops
@@ -53,7 +54,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends import attend, attend_rows
-from .cache import extend_cache, full_index, make_cache, remember, tokens_held, window_index
+from .cache import extend_cache, make_cache, remember, tokens_held, window_index
+from .cache_argument import CACHE, takes_cache
 from .call import check_call, check_inputs, chosen_loops
 from .configuration import PLTConfig
 from .generation import PLTGenerationMixin
@@ -93,7 +95,8 @@ class PLTGate(nn.Module):
             self.gate_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x_BND: torch.Tensor, q_BHNK: torch.Tensor) -> torch.Tensor:
-        """
+        """Compute the gate.
+
         Args:
             x_BND: the layer's input before the layer's own norm.
             q_BHNK: the rotated query.
@@ -125,11 +128,12 @@ class PLTAttention(nn.Module):
         self.k_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, D, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         # One loop needs no gate, and a parameter without a gradient would stop DistributedDataParallel.
         self.plt_gate = PLTGate(config) if config.plt_num_loops > 1 else None
 
+    @takes_cache
     def forward(
         self,
         x_BND: torch.Tensor,
@@ -141,10 +145,11 @@ class PLTAttention(nn.Module):
         one_token: bool,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         masks: Masks,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
-        """
+        """Attend, and project the output.
+
         Args:
             x_BND: the layer's input; normed_BND: the same after the layer's norm.
             k1, v1: loop 1's keys and values of this layer, [B, G, S, K]; None when loop 1 is in this call.
@@ -153,14 +158,14 @@ class PLTAttention(nn.Module):
         Returns:
             output [B, N, D]; attention weights or None; k1, v1.
         """
-        cache, layer = past_key_values, self.layer_idx
+        layer = self.layer_idx
         q, k, v = self.project(normed_BND, position_embeddings)
         weights = None
         if one_token:  # all loops of it: loop 1's keys are read once for all of them
-            k1, v1 = remember(cache, k[:, :, :1], v[:, :, :1], full_index(self.config, layer))
+            k1, v1 = remember(cache, k[:, :, :1], v[:, :, :1], layer)
             out_BNHK = self._one_token(x_BND, q, k, v, k1, v1, masks, cache, **kwargs)
         elif loop == 0:  # ordinary causal attention
-            k1, v1 = remember(cache, k, v, full_index(self.config, layer))
+            k1, v1 = remember(cache, k, v, layer)
             out_BNHK, weights = attend(self, q, k1, v1, masks["full"], **kwargs)
         else:  # global attention to loop 1's keys, local attention to the loop's own, and the gate between them
             global_BNHK, global_weights = attend(self, q, k1, v1, masks["full"], **kwargs)
@@ -175,21 +180,21 @@ class PLTAttention(nn.Module):
         return self.o_proj(out_BNHK.flatten(2)), weights, k1, v1
 
     def project(self, normed_BND: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
-        """Rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed input."""
+        """Return rotated queries [B, H, N, K] and keys [B, G, N, K], and values [B, G, N, K], of the layer's normed
+        input."""
         heads = (*normed_BND.shape[:2], -1, self.head_dim)
         q, k, v = (proj(normed_BND).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return *apply_rotary_pos_emb(q, k, *position_embeddings), v
+        return *apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings), v
 
     def gate(self, x_BND: torch.Tensor, q_BHNK: torch.Tensor) -> torch.Tensor:
-        """g [B, N, H, 1], see PLTGate. A model trained with one loop has no gate: the even blend that gates are initialised to."""
+        """Return g [B, N, H, 1], see PLTGate. A model trained with one loop has no gate and gets the even blend that
+        gates are initialised to."""
         if self.plt_gate is None:
             return q_BHNK.new_full((), 0.5).expand(*x_BND.shape[:2], self.num_heads, 1)
         return self.plt_gate(x_BND, q_BHNK)
 
     def _one_token(self, x_BRD, q, k, v, k1, v1, masks: Masks, cache: Cache | None, **kwargs) -> torch.Tensor:
-        """All loops of one token, [B, R, H, K]. In attention, the rows are the queries of a key head: H/G per loop."""
+        """Attend for all loops of one token, [B, R, H, K]. The rows are the queries of a key head: H/G per loop."""
         (B, H, R, K), G = q.shape, self.num_kv_heads
         global_BRHK = attend_rows(self, q.reshape(B, G, -1, K), k1, v1, masks["full"], **kwargs)
         global_BRHK = global_BRHK.reshape(B, H, R, K).transpose(1, 2)
@@ -199,7 +204,7 @@ class PLTAttention(nn.Module):
         own = [remember(cache, k[:, :, r : r + 1], v[:, :, r : r + 1], index) for r, index in enumerate(windows, 1)]
         keys, values = (torch.cat(parts, dim=1) if R > 2 else parts[0] for parts in zip(*own))  # [B, (R-1) * G, W, K]
         q_own = q[:, :, 1:].transpose(1, 2).reshape(B, (R - 1) * G, -1, K)
-        local_BRHK = attend_rows(self, q_own, keys, values, masks["window"], windowed=True, **kwargs).reshape(B, R - 1, H, K)
+        local_BRHK = attend_rows(self, q_own, keys, values, masks["window"], **kwargs).reshape(B, R - 1, H, K)
         g = self.gate(x_BRD[:, 1:], q[:, :, 1:]).to(local_BRHK.dtype)  # [B, R-1, H, 1]
         return torch.cat((global_BRHK[:, :1], torch.lerp(local_BRHK, global_BRHK[:, 1:], g)), dim=1)
 
@@ -224,11 +229,10 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
 
 class PLTPreTrainedModel(PreTrainedModel):
     config: PLTConfig
-    config_class = PLTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PLTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "masks"]
+    _skip_keys_device_placement = [CACHE]
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.plt_gate\."]  # a looped checkpoint loaded with one loop
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -239,8 +243,8 @@ class PLTPreTrainedModel(PreTrainedModel):
         "attentions": PLTAttention,
     }
 
-    def __init__(self, config: PLTConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PLTConfig):
+        super().__init__(config)
         # Note: save_pretrained undoes the renamings that loading did, and for a model that was never loaded it would undo
         # all that are registered, so that a new model's gates were saved as loop_gate_proj and a resumed run lost them.
         self._weight_conversions: list = []
@@ -280,6 +284,7 @@ class PLTModel(PLTPreTrainedModel):
         self.warned_loops: set[int] = set()  # loop counts that need no warning, or had it
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -287,7 +292,7 @@ class PLTModel(PLTPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | Masks | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_loops: int | None = None,
@@ -297,12 +302,13 @@ class PLTModel(PLTPreTrainedModel):
         prompt_tokens: int = 0,
         **kwargs,
     ) -> PLTModelOutputWithPast:
-        """
+        """Run the loops on T tokens.
+
         Args:
             input_ids: [B, T]; or inputs_embeds: [B, T, D].
             attention_mask: [B, tokens so far], 0 for padding. None: no padding.
             position_ids: [B, T]. Without a cache, another document starts where they do not go up by one.
-            past_key_values: a cache; an empty stock cache is extended in place.
+            cache: an empty stock cache is extended in place. Also called past_key_values, see cache_argument.py.
             num_loops: R for this call; default: the configuration's.
             one_pass: run the loops of a single token as rows of one pass. False: a pass per loop, for comparison.
             output_loop_states: return `loop_states`. Default: if all states are needed.
@@ -318,7 +324,7 @@ class PLTModel(PLTPreTrainedModel):
                 mixture of its global and its local weights. Needs attn_implementation="eager".
 
         Returns:
-            last_hidden_state: h_R [B, T, D] after the final norm, or its last `states_to_keep`; past_key_values: the cache, if there
+            last_hidden_state: h_R [B, T, D] after the final norm, or its last `states_to_keep`; cache: the cache, if there
             is one; loop_states: h_1 .. h_R, [B, T, D] each, if asked for; hidden_states and attentions, if asked for.
 
         Raises:
@@ -327,9 +333,9 @@ class PLTModel(PLTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         num_loops = chosen_loops(self, num_loops)
-        check_call(self, num_loops, kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", None)))
+        check_call(self, num_loops, kwargs.get("output_hidden_states", self.config.output_hidden_states))
         e_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        T, cache = e_BTD.shape[1], past_key_values
+        T = e_BTD.shape[1]
 
         if cache is not None:
             extend_cache(cache, self.config, num_loops)
@@ -345,15 +351,9 @@ class PLTModel(PLTPreTrainedModel):
             position_ids = (torch.arange(T, device=e_BTD.device) + past)[None]
 
         angles = self.rotary_emb(e_BTD, position_ids)
-        call = {
-            "position_embeddings": angles,
-            "masks": masks,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            **kwargs,
-        }
+        call = {"position_embeddings": angles, "masks": masks, "position_ids": position_ids, CACHE: cache, **kwargs}
         flags = ("output_hidden_states", "output_attentions")
-        inspected = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
+        inspected = any(kwargs.get(flag, getattr(self.config, flag)) for flag in flags)
         if output_loop_states is None:
             output_loop_states = states_to_keep is None
         keep = None
@@ -368,13 +368,13 @@ class PLTModel(PLTPreTrainedModel):
             states = [self.norm(h_BTD) for h_BTD in states[:-1]] + states[-1:]
         return PLTModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache,
             loop_states=tuple(states) if output_loop_states else None,
+            **{CACHE: cache},  # type: ignore[arg-type]
         )
 
     def _loop_by_loop(self, e_BTD: torch.Tensor, num_loops: int, call: dict, keep: int | None) -> list[torch.Tensor]:
-        """h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
-        masks, cache = call["masks"], call["past_key_values"]
+        """Compute h_1 .. h_R, one loop after the other, each [B, T, D]; or only the last `keep` states of h_R (see tail.py)."""
+        masks, cache = call["masks"], call[CACHE]
         visit: Any = self._stack
         if self.checkpoint_loops and self.training and cache is None:
             visit = partial(checkpoint, self._stack, use_reentrant=False)
@@ -394,16 +394,16 @@ class PLTModel(PLTPreTrainedModel):
         return states
 
     def _stack(self, x_BTD: torch.Tensor, k1: list, v1: list, loop: int, call: dict):
-        """All layers of one loop, over all tokens: [B, T, D], and loop 1's keys and values of every layer."""
+        """Run all layers of one loop over all tokens. Returns [B, T, D], and loop 1's keys and values of every layer."""
         k1, v1 = list(k1), list(v1)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # the library's early exit lowers it
             x_BTD, k1[i], v1[i] = layer(x_BTD, k1[i], v1[i], loop=loop, one_token=False, **call)
         return x_BTD, k1, v1
 
     def _one_token(self, e_B1D: torch.Tensor, num_loops: int, call: dict) -> list[torch.Tensor]:
-        """A decode step: the loops of one token as R rows of one pass, h_1 .. h_R, each [B, 1, D]. Exact, because every row's
+        """Run a decode step: the loops of one token as R rows of one pass, h_1 .. h_R, each [B, 1, D]. Exact, because every row's
         input is already known: row r reads loop r-1's state of the previous token, which the cache carries."""
-        masks, cache = call["masks"], call["past_key_values"]
+        masks, cache = call["masks"], call[CACHE]
         x_BRD = self.offset.of_one_token(e_B1D, num_loops, masks, cache)
         for layer in self.layers[: self.config.num_hidden_layers]:
             x_BRD, _, _ = layer(x_BRD, None, None, loop=0, one_token=True, **call)
@@ -431,13 +431,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | Masks | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -449,7 +450,7 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         exact_tail: bool = True,
         **kwargs,
     ) -> PLTCausalLMOutputWithPast:
-        """As in `LlamaForCausalLM`, with the loop dial.
+        """Compute logits, and the loss if there are labels: `LlamaForCausalLM.forward` with the loop dial.
 
         Args:
             num_loops: R for this call; default: the configuration's. A count that the model was not trained at warns once.
@@ -461,14 +462,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
                 steps depend on. The logits are the same. False: on all tokens, for comparison.
 
         Returns:
-            loss, logits [B, T or logits_to_keep, V], past_key_values, loop_states, loop_logits.
+            loss, logits [B, T or logits_to_keep, V], cache, loop_states, loop_logits.
         """
         tail = exact_tail and labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
         outputs: PLTModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_loops=num_loops,
@@ -488,11 +489,11 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
         return PLTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_states=outputs.loop_states,
             loop_logits=loop_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _logits(self, h_BTD: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The equations of the Parallel Loop Transformer and nothing else: one sequence, no cache, no batching, any dtype.
 
-The oracle of the tests. Written from the papers (PLT, arXiv 2510.24824; LoopCoder-v2, arXiv 2606.18023) and independent of
-modeling.py, so that the same mistake would have to be made twice. Slow on purpose: every mask is dense.
+The reference that the tests compare with. Written from the papers (PLT, arXiv 2510.24824; LoopCoder-v2, arXiv 2606.18023) and
+independent of modeling.py, so that the same mistake would have to be made twice. Slow on purpose: every mask is dense.
 """
 
 import math
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 
 
 def rms_norm(x, weight, eps):
+    """Divide x [..., D] by its root mean square, and multiply by the weight [D]."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 def linear(x, W, name, biased):
+    """Apply the linear layer `name` of the weights W, with its bias if it has one."""
     y = x @ W[f"{name}.weight"].T
     return y + W[f"{name}.bias"] if biased else y
 
@@ -30,19 +32,19 @@ def rope(x, theta):
 
 
 def attention(q, k, v, visible):
-    """q [H, T, K], k and v [G, T, K], visible bool [T, T] -> [H, T, K]."""
+    """Attend with q [H, T, K] to k and v [G, T, K] where `visible` (bool [T, T]) allows it. Returns [H, T, K]."""
     k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
     score = (q @ k.transpose(1, 2)) / math.sqrt(q.shape[-1])
     return score.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
 
 def shift(h, s):
-    """Token t reads token t - s; the first s tokens read zeros. (s = 1 in the paper.)"""
+    """Give token t the state of token t - s; the first s tokens get zeros. (s = 1 in the paper.)"""
     return F.pad(h, (0, 0, s, 0))[: len(h)]
 
 
 def reference_forward(weights, config, ids, num_loops=None):
-    """Logits of every loop.
+    """Compute the states and logits of every loop.
 
     Args:
         weights: name -> tensor, in the released names; their dtype is the dtype of the computation.

@@ -38,14 +38,14 @@ def states_needed(
     states_to_keep: int | None,
     prompt_tokens: int,
 ) -> int | None:
-    """Count loop R's last states of this call that are needed; zero or less: those that are needed come later in the prompt.
-    None: all of them, where gradients may be wanted, without a cache, for a cache that will be cropped (assisted decoding) or begins
-    with a learnt prefix, and for what is compiled for every shape (torch.compile, flex_attention).
+    """Count loop R's last states of this call that are needed. Zero or less means that the needed ones come later in the prompt.
+    None means all of them: with gradients enabled, without a cache, with a cache that will be cropped (assisted decoding) or begins
+    with a learnt prefix, and where code is compiled for each shape (torch.compile, flex_attention).
 
     Args:
         tokens: T.
-        states_to_keep: how many the caller wants; None: all.
-        prompt_tokens: if this call is a chunk of a prompt, the tokens of the whole prompt; else 0.
+        states_to_keep: number of last states that the caller needs; None: all.
+        prompt_tokens: if this call is a chunk of a prompt, the number of tokens of the whole prompt; otherwise 0.
     """
     if states_to_keep is None or cache is None or torch.is_grad_enabled() or "padding" not in masks:
         return None
@@ -60,7 +60,7 @@ def states_needed(
 class Tail:
     """All layers of one loop: loop 1 on every token, later loops on a tail that gets shorter from layer to layer.
 
-    Used in the place of `PLTModel._stack`, for one call.
+    Replaces `PLTModel._stack` for one call.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Tail:
         return x_BND, k1, v1
 
     def _call(self, x_BND: torch.Tensor, view: "TailView", masks: Masks, position_embeddings, position_ids, **call) -> dict:
-        """The call's keyword arguments, for its last N tokens."""
+        """Restrict the call's keyword arguments to its last N tokens."""
         N = x_BND.shape[1]
         return call | {
             "masks": plt_masks(self.config, self.num_loops, x_BND, masks["padding"], view),
@@ -97,11 +97,11 @@ class Tail:
 
 class TailView:
     """Cache facade for the masks of a tail: loop 1 has stored all tokens of the call, but the tail's queries start at token `start`,
-    as if the tail were a call of its own on a cache that holds the rest. `window`: index of a window layer that does."""
+    as if the tail were a separate call on a cache that holds the rest. `window`: index of a window layer that does hold it."""
 
     def __init__(self, cache: Cache, window: int, start: int, keys: int):
         self.cache, self.window, self.start, self.keys = cache, window, start, keys
-        self.is_compileable = cache.is_compileable
+        self.layers, self.is_compileable = cache.layers, cache.is_compileable
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start

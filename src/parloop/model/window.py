@@ -24,10 +24,10 @@ from .backends import BANDED, AttentionModule, attend
 
 
 def attend_window(attention: AttentionModule, q_BHTK, k_BGSK, v_BGSK, held: int, mask: Any, **kwargs):
-    """Attention of T tokens over their own loop's keys.
+    """Attend with T tokens to their own loop's keys.
 
     Args:
-        held: how many of the keys are those of earlier tokens, at most w. They come first, then the T new ones, then perhaps
+        held: number of keys that belong to earlier tokens, at most w. They come first, then the T new ones, then perhaps
             the empty slots of a static cache.
 
     Returns:
@@ -49,7 +49,7 @@ def attend_window(attention: AttentionModule, q_BHTK, k_BGSK, v_BGSK, held: int,
 
 
 def dense_weights(weights: torch.Tensor | None, like_BHTS: torch.Tensor, w: int) -> torch.Tensor:
-    """The weights that `attend_window` gives, over all S positions: [B, H, T, S]. For inspection only."""
+    """Spread the weights of `attend_window` over all S positions: [B, H, T, S]. For inspection only."""
     B, _, T, S = like_BHTS.shape
     if weights is None:  # w = 0: the token itself
         own = torch.eye(T, dtype=like_BHTS.dtype, device=like_BHTS.device)
@@ -60,25 +60,26 @@ def dense_weights(weights: torch.Tensor | None, like_BHTS: torch.Tensor, w: int)
 
 
 def band_block(w: int) -> int:
-    """Tokens per block."""
+    """Return the number of tokens per block."""
     return max(w, 32)
 
 
 def fold_queries(q_BHTK: torch.Tensor, block: int) -> torch.Tensor:
-    """[B, H, T, K] -> [B * n, H, block, K]."""
+    """Cut queries into blocks: [B, H, T, K] -> [B * n, H, block, K]."""
     pad = -q_BHTK.shape[2] % block
     return F.pad(q_BHTK, (0, 0, 0, pad)).unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
 
 
 def fold_keys(k_BGSK: torch.Tensor, T: int, w: int, block: int) -> torch.Tensor:
-    """[B, G, S, K], whose last T entries are this call's, -> [B * n, G, w + block, K]. Missing keys are zeros."""
+    """Cut keys into overlapping blocks: [B, G, S, K], whose last T entries are this call's, -> [B * n, G, w + block, K].
+    Missing keys are zeros."""
     before, after = w - (k_BGSK.shape[2] - T), -T % block
     bands = F.pad(k_BGSK, (0, 0, before, after)).unfold(2, w + block, block)  # [B, G, n, K, w + block]
     return bands.permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
 def band_mask(B: int, T: int, w: int, past: int, real_BS, document_BT, device) -> torch.Tensor:
-    """Which of its w + block keys each query of a block sees: bool [B * n, 1, block, w + block].
+    """Make the mask of bands, bool [B * n, 1, block, w + block]: which of its w + block keys each query of a block sees.
 
     Args:
         past: tokens before this call whose keys are still held, at most w.
@@ -89,7 +90,7 @@ def band_mask(B: int, T: int, w: int, past: int, real_BS, document_BT, device) -
     n = -(-T // block)
     i = torch.arange(block, device=device)[:, None]
     j = torch.arange(w + block, device=device)[None, :]
-    token = torch.arange(n, device=device)[:, None, None] * block + j - w  # which token of this call key j of a block is
+    token = torch.arange(n, device=device)[:, None, None] * block + j - w  # index in this call of key j of a block
     mask = ((i <= j) & (j <= i + w) & (token >= -past)).expand(B, n, block, w + block)
 
     def fold(values, fill, before):  # [B, S] -> [B, n, 1, w + block]
@@ -104,7 +105,8 @@ def band_mask(B: int, T: int, w: int, past: int, real_BS, document_BT, device) -
 
 
 def unfold_bands(weights: torch.Tensor, B: int, T: int, S: int, w: int) -> torch.Tensor:
-    """Attention weights of bands as one dense map: [B * n, H, block, w + block] -> [B, H, T, S]. For inspection only."""
+    """Assemble the attention weights of bands into one dense map: [B * n, H, block, w + block] -> [B, H, T, S]. For
+    inspection only."""
     bands = weights.unflatten(0, (B, -1))  # [B, n, H, block, w + block]
     n, H, block = bands.shape[1:4]
     dense = weights.new_zeros(B, H, n * block, max(w, S - T) + n * block)

@@ -46,7 +46,7 @@ class Scheme:
         return self.group or inputs
 
     def settings(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """Return the `quantization_config` of config.json."""
         weights = {
             "num_bits": self.bits, "type": "int", "symmetric": True, "strategy": "group" if self.group else "channel",
             "group_size": self.group, "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "actorder": None,

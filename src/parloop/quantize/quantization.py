@@ -160,7 +160,7 @@ def _scheme(config: PLTConfig, bits: int, group: int | None, head: bool) -> tupl
 
 
 def _write_weights(files: Any, folder: Path, scheme: Scheme, layers: set[str], console: Console) -> Quantized:
-    """A file for each of the source's, and an index if there are several.
+    """Write a file for each of the source's, and an index if there are several.
 
     Raises:
         QuantizeError: a weight is no finite number, or a layer has another name in the files.
@@ -199,7 +199,7 @@ def _write_weights(files: Any, folder: Path, scheme: Scheme, layers: set[str], c
 
 
 def _quantised(name: str, weight: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
-    """The tensors in a weight's place, and the sums of squares of what rounding changed, and of the weight."""
+    """Return the tensors in a weight's place, and the sums of squares of what rounding changed, and of the weight."""
     N, K = weight.shape
     parts, moved, whole = [], 0.0, 0.0
     for rows in weight.split(max(1, AT_ONCE // K)):
@@ -216,7 +216,7 @@ def _quantised(name: str, weight: torch.Tensor, scheme: Scheme) -> tuple[dict[st
 
 
 def _card(result: Quantized, source: Path, out: Path, config: PLTConfig) -> str:
-    """The source's model card with a section more, or one of our own."""
+    """Return the source's model card with a section more, or one of our own."""
     scales = f"a scale for {result.group} weights" if result.group else "a scale for each output"
     made = (
         f"The {result.layers} linear layers of {shown(str(source.absolute()))} rounded to {result.bits} bits with {scales}, in the compressed-tensors "

@@ -81,7 +81,7 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def handed_over(config_class: Any, checkpoint: Any, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What `from_pretrained` is called with, so that a checkpoint of this form comes to our quantiser; unchanged for any other.
+    """Return what `from_pretrained` is called with, so that a checkpoint of this form comes to our quantiser; unchanged for any other.
 
     Args:
         config, options: of the call. `config` is a configuration, the place of one, or None: that of the checkpoint.

@@ -1,6 +1,6 @@
-"""Reports as one HTML file each: everything inside, readable offline, on a phone and on paper.
+"""Reports as one self-contained HTML file each, readable offline, on a phone and on paper.
 
-A verb's templates lie beside it: "study/report.html" is study/report.html of this package. They extend "report/base.html".
+Templates are in the folders of their verbs: "study/report.html" is study/report.html of this package. They extend "report/base.html".
 """
 
 from typing import Any
@@ -18,26 +18,28 @@ TEMPLATES = Environment(
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a template's page.
+    """Return the page of a template.
 
     Args:
-        template: its path in this package.
-        values: what it names.
+        template: path of the template in this package.
+        **values: values of its variables.
     """
     return TEMPLATES.get_template(template).render(**values)
 
 
 def put(figures: dict[str, tuple[str, Figure]], out: OutputFolder, prefix: str = "") -> dict[str, tuple[str, Markup]]:
-    """Write figures as PREFIX-NAME.png, and return them to put into a page.
+    """Write figures as PNG, and return them for a page.
 
     Args:
-        figures: name -> caption, figure.
+        figures: name -> (caption, figure).
+        out: folder to write into.
+        prefix: prefix of the files' names.
 
     Returns:
-        name -> caption, <svg> element.
+        name -> (caption, <svg> element).
 
     Raises:
-        OutputError: others' files have these names, or the folder cannot be written.
+        OutputError: other files have these names, or the folder cannot be written.
     """
     drawn = {}
     for name, (caption, figure) in figures.items():

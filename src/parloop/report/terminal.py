@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars with the time left; tasks have a field `loss`, which may be empty."""
+    """Return progress bars with the time left. Their tasks have a field `loss`, which may be empty."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

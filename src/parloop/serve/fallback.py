@@ -1,4 +1,4 @@
-"""`parloop serve` without vLLM: the server's options, and its start. The server itself is in fallback_server.py."""
+"""`parloop serve` without vLLM: options and start of the server. The server itself is in fallback_server.py."""
 
 import argparse
 import contextlib
@@ -25,11 +25,11 @@ def serve_with_transformers(checkpoint: str, loops: int, names: Sequence[str], a
     Args:
         checkpoint: folder or Hub name.
         loops: R, the loop count of all answers.
-        names: what clients may call the model; the first is what answers say.
+        names: names that clients may use for the model; the first is in the answers.
         arguments: options, see `parse_options`.
 
     Raises:
-        ServeError: an option that is unknown or has a bad value, a package that is missing, a port in use.
+        ServeError: an option is unknown or has a bad value, a package is missing, or the port is in use.
         CheckpointError: the checkpoint cannot be loaded, as in `load_model`.
     """
     options = parse_options(arguments)
@@ -44,27 +44,27 @@ def serve_with_transformers(checkpoint: str, loops: int, names: Sequence[str], a
     model, tokenizer = load(checkpoint, loops, options)
     names = options.served_model_name or names
     app = build_app(Served(model, tokenizer, names, options.compile, options.chat_template_kwargs))
-    with contextlib.suppress(KeyboardInterrupt):  # how a server ends
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end of a server
         uvicorn.Server(uvicorn.Config(app, host=options.host, port=options.port)).run()
 
 
 def load(checkpoint: str, loops: int, options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model at a loop count, and its tokenizer. Raises as `serve_with_transformers`."""
+    """Return the model at a loop count, and its tokenizer. Raises as `serve_with_transformers`."""
     more = {"dtype": options.dtype, "device_map": options.device, "attn_implementation": options.attn_implementation}
     if options.quantization:
         more["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[options.quantization])
     tokenizer = load_part(AutoTokenizer, checkpoint, "tokenizer (tokenizer.json)")
     model = load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, **more)
-    # The same as num_loops in every call. Only now: gates are made or left out by the count at loading.
+    # The same as num_loops in every call. Set after loading, since the count at loading decides whether gates are created.
     model.config.plt_num_loops = loops
     return model, tokenizer
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of this server; those of `transformers serve` are called as there.
+    """Parse the options of this server. Options that `transformers serve` has too have the same names.
 
     Raises:
-        ServeError: another option, or a value that does not fit.
+        ServeError: an option is unknown, or its value is invalid.
         CheckpointError: there is no such dtype or device.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -102,9 +102,9 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Before minutes of loading, not after."""
+    """Check that the port is free, before minutes of loading."""
     try:
         family, *_ = socket.getaddrinfo(host, port)[0]
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ServeError(f"host={host!r}, port={port} cannot be listened at ({error}): use another port.") from error
+        raise ServeError(f"host={host!r}, port={port} is not available ({error}): use another port.") from error

@@ -1,4 +1,4 @@
-"""Answers of the server without vLLM: the text that generate() writes, up to a stop string, with reasoning and tool calls told apart."""
+"""Answers of the server without vLLM: the text that generate() writes, up to a stop string, split into content, reasoning and tool calls."""
 
 import asyncio
 import json
@@ -10,19 +10,21 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers.generation import BaseStreamer
 
-Piece = dict[str, Any]  # of a message: content, reasoning or tool_calls, the last one whole
+Piece = dict[str, Any]  # part of a message: content, reasoning or tool_calls; a tool call comes whole
 
 
-class Ended(Exception):  # noqa: N818 - no error: how a streamer ends generate()
-    """A stop string was written, or nobody waits for the answer."""
+class Ended(Exception):  # noqa: N818 - not an error: a streamer ends generate() by it
+    """A stop string was written, or the client has left."""
 
 
 class Writer(BaseStreamer):
-    """Takes what generate() writes in its thread, and hands on pieces of a message, without what stop strings cut off. (generate()'s own
-    stop strings stay in the text, and are found where they begin in the prompt.)
+    """Streamer that receives tokens from generate()'s thread and passes on pieces of a message, up to the first stop string.
+
+    (generate()'s own stop strings stay in the text, and also match if they begin in the prompt.)
 
     Attributes:
-        tokens: of the answer so far. calls: the number of its tool calls.
+        tokens: tokens of the answer so far.
+        calls: number of its tool calls.
         cut_off: whether a stop string ended it.
     """
 
@@ -30,12 +32,12 @@ class Writer(BaseStreamer):
         self.tokens, self.calls, self.cut_off, self._left = list[int](), 0, False, False
         self._tokenizer, self._stop, self._parser = tokenizer, stop, parser
         self._queue, self._loop = asyncio.Queue[Any](), asyncio.get_running_loop()
-        self._skip = {"skip_special_tokens": parser is None}  # which the parser needs, and takes away
+        self._skip = {"skip_special_tokens": parser is None}  # the parser needs special tokens, and removes them
         self._decoder = DecodeStream([], **self._skip)
         self._prompt_seen, self._text, self._held = False, "", ""
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Raises what generate() raised. Who leaves them ends the writing."""
+        """Yield the pieces of the message, and raise errors of generate(). Leaving the iterator ends the generation."""
         try:
             while (piece := await self._queue.get()) is not None:
                 if isinstance(piece, Exception):
@@ -57,12 +59,12 @@ class Writer(BaseStreamer):
             raise Ended
 
     def end(self) -> None:
-        """generate() comes here only where `put` lets it: see `close`."""
+        """Do nothing: generate() does not call this after an early end, so `close` does the work."""
 
     def close(self, error: Exception | None = None) -> None:
-        """After generate()."""
+        """Finish the message after generate(), or pass on its error."""
         if error is None:
-            self._write(self._tokenizer.decode(self.tokens, **self._skip)[len(self._text) :])  # half a character
+            self._write(self._tokenizer.decode(self.tokens, **self._skip)[len(self._text) :])  # an incomplete character
             self._say(self._held)
             if self._parser is not None:
                 self._parsed(self._parser.finalize()[1])
@@ -73,9 +75,9 @@ class Writer(BaseStreamer):
             return
         self._text += text
         self._held += text
-        kept = self._held[: min((place for place in map(self._held.find, self._stop) if place >= 0), default=None)]
+        kept = self._held[: min((index for index in map(self._held.find, self._stop) if index >= 0), default=None)]
         self.cut_off = len(kept) < len(self._held)
-        # What a stop string begins with waits for what comes next.
+        # A possible beginning of a stop string is held back until more text comes.
         waits = 0 if self.cut_off else max((_overlap(kept, stop) for stop in self._stop), default=0)
         self._say(kept[: len(kept) - waits])
         self._held = kept[len(kept) - waits :]
@@ -107,7 +109,7 @@ class Writer(BaseStreamer):
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of the text, in characters, that a stop string begins with."""
+    """Return the length of the longest end of the text, in characters, that a stop string begins with."""
     return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
 
 
@@ -128,11 +130,13 @@ TAGS = {"<tool_call>", "</tool_call>", "<think>", "</think>"}
 
 
 def answer_template(tokenizer: Any, tools: bool) -> dict[str, Any] | None:
-    """Choose the template that parses answers: as the tokenizer's `response_template` says, or by what its chat template shows: tool calls in JSON or
-    in XML, and reasoning in <think>; None if it shows neither. Without tools, what looks like a call is text.
+    """Return the template that parses answers, or None.
 
-    What does not begin like a call, or does not end, stays text; arguments that are no JSON are handed on as they are, and nothing
-    raises. Reasoning is what an answer begins with, or goes on with where the chat template has opened <think> for it.
+    It is the tokenizer's `response_template`, or follows from its chat template: tool calls in JSON or in XML, and reasoning in <think>.
+    Without tools, text that looks like a call is text.
+
+    A call that does not begin or end properly stays text, arguments that are not JSON are passed on unchanged, and nothing raises. Reasoning
+    stands at the beginning of an answer, or continues a <think> that the chat template has opened.
     """
     template = tokenizer.response_template or _shown_template(tokenizer)
     if tools or template is None:
@@ -154,7 +158,7 @@ def _shown_template(tokenizer: Any) -> dict[str, Any] | None:
         fields["tool_calls"] = form | {"repeats": True, "transform": call}
     if not fields:
         return None
-    # The prompt is not parsed, since it may show calls as examples, but for a <think> at its end.
+    # The prompt is not parsed, since it may show calls as examples, except for a <think> at its end.
     begun = r"(?=<think>\s*\Z)|(?<!<think>\s*)\Z" if "reasoning_content" in fields else r"\Z"
     fields["content"] = TEXT | ({"close_pattern": "|".join(ends)} if ends else {})
     return {"defaults": {"role": "assistant"}, "start_anchor_pattern": begun, "fields": fields}

@@ -1,4 +1,4 @@
-"""Fields of requests to the server without vLLM. All others are refused, so that no client takes an answer for what it asked."""
+"""Fields of requests to the server without vLLM. All others are refused, so that a client never mistakes an answer for what it requested."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -11,18 +11,18 @@ Temperature = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
-WITHOUT_EFFECT = {  # on an answer, whatever their value. Usage is always in the last piece of a stream.
+WITHOUT_EFFECT = {  # fields that change no answer, whatever their value. Usage is always in the last piece of a stream.
     "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
     "stream_options", "user",
 }  # fmt: skip
-NEUTRAL = {  # what the server does anyway
+NEUTRAL = {  # values that request the server's usual behaviour
     "best_of": 1, "echo": False, "frequency_penalty": 0, "logprobs": False, "modalities": ["text"], "n": 1, "parallel_tool_calls": True,
     "presence_penalty": 0, "response_format": {"type": "text"}, "suffix": "", "top_logprobs": 0,
 }  # fmt: skip
 
 
 def _asks_nothing(field: str, value: Any) -> bool:
-    neutral = NEUTRAL.get(field)  # and False is not 0: logprobs=0 asks for one
+    neutral = NEUTRAL.get(field)  # False is not 0 here: logprobs=0 requests one
     return (
         value is None
         or field in WITHOUT_EFFECT
@@ -41,7 +41,7 @@ class Fields(BaseModel):
 
 
 class Generation(Fields):
-    """Settings of generate() that a request may choose. Others change how is computed, or what generate() returns."""
+    """Settings of generate() that a request may choose. Others change the way of computing, or what generate() returns."""
 
     max_new_tokens: Count | None = None
     min_new_tokens: Natural | None = None
@@ -54,7 +54,9 @@ class Generation(Fields):
     repetition_penalty: Annotated[float, Field(ge=0.01)] | None = None
     no_repeat_ngram_size: Natural | None = None
     bad_words_ids: list[list[Natural]] | None = None
-    sequence_bias: list[Annotated[tuple[list[Natural], float], Field(strict=False)]] | None = None  # JSON has lists
+    sequence_bias: list[Annotated[tuple[list[Natural], float], Field(strict=False)]] | None = (
+        None  # JSON has lists for tuples
+    )
     suppress_tokens: list[Natural] | None = None
     eos_token_id: Natural | list[Natural] | None = None
 
@@ -93,7 +95,7 @@ class Part(BaseModel):
 
 
 def _object(arguments: Any) -> Any:
-    """Parse a call's arguments for a chat template. Text of a model that is no JSON stays as it is."""
+    """Parse a call's arguments for a chat template. Text that is not JSON stays as it is."""
     try:
         return json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
     except (ValueError, RecursionError):
@@ -115,5 +117,6 @@ class Message(BaseModel, extra="allow"):
     tool_calls: list[Call] | None = None
 
     def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates read it, with its content as one text."""
         text = " ".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         return self.model_dump(exclude_none=True) | {"content": text}

@@ -1,7 +1,7 @@
 """An OpenAI server around generate(): chats and completions of one PLT at one loop count, one after another.
 
-`transformers serve` cannot be given a model class or a loop count, ignores much that a request asks for, and is made of private parts. So
-this one is built on what transformers documents: generate() and its streamers, chat templates, response templates.
+`transformers serve` takes neither a model class nor a loop count, ignores many fields of requests, and consists of private parts. So this
+server is built on documented parts of transformers: generate() and its streamers, chat templates, response templates.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ from .fallback_requests import ChatRequest, CompletionRequest
 from .fallback_requests import Request as Fields
 
 ANSWER_TOKENS = 1024  # where neither the request nor the checkpoint has a limit, as in `transformers serve`
-# What generate() and chat templates raise for what requests ask for. TypeError: where a template goes through what is no list.
+# Errors of generate() and of chat templates that a request causes. TypeError: a template iterates over something that is not a list.
 BAD_REQUEST = (ValueError, TypeError, RecursionError, TemplateError)
 
 logger = logging.get_logger(__name__)
 
 
 class Served:
-    """One model under its names, and the thread that it writes in."""
+    """One model under its names, and the thread in which it generates."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class Served:
             self.jobs.get()()
 
     def entry(self, name: str | None) -> dict[str, Any]:
-        """The model in OpenAI's words. Raises HTTPException: another name."""
+        """Return the model's entry in OpenAI's format. Raises HTTPException if the name is not one of the model's."""
         if name not in (None, *self.names):
             raise HTTPException(404, f"model {name!r} is not served here: use {self.names[0]!r}.")
         return {"id": self.names[0], "object": "model", "created": 0, "owned_by": "parloop"}
 
     def chat_prompt(self, fields: ChatRequest) -> tuple[str, Any]:
-        """The text before the answer, and what takes the answer apart."""
+        """Return the text before the answer, and the parser of the answer."""
         tools: list[Any] = [tool.model_dump() for tool in fields.tools if fields.tool_choice != "none"]
         if tools and "tools" not in str(self.tokenizer.chat_template or "tools"):
-            raise HTTPException(400, "the chat template of this model knows no tools.")
+            raise HTTPException(400, "the chat template of this model does not support tools.")
         messages = [message.for_template() for message in fields.messages]
         options = {"tools": tools or None} | self.template_kwargs | fields.chat_template_kwargs
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
@@ -76,22 +76,22 @@ class Served:
         return prompt, template and ResponseParser(template, prefix=prompt, tools=tools)
 
     def begin(self, fields: Fields, prompt: str, parser: Any, chat: bool) -> "Reply":
-        """Raises HTTPException: the prompt is empty, or leaves no room for an answer."""
+        """Queue a request, and return its reply. Raises HTTPException if the prompt is empty, or leaves no room for an answer."""
         inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
         tokens, limit = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
         if tokens == 0:
-            raise HTTPException(400, "the prompt is empty, and this tokenizer begins texts with no token of its own.")
-        if tokens >= limit:  # in OpenAI's words, which agents look for
+            raise HTTPException(400, "the prompt is empty, and this tokenizer adds no token at the beginning of a text.")
+        if tokens >= limit:  # OpenAI's wording, which agents look for
             raise HTTPException(
                 400, f"This model's maximum context length is {limit} tokens, and the prompt has {tokens}: shorten it."
             )
         settings = self._settings(fields, limit - tokens)
-        own = settings.stop_strings or []  # the checkpoint's
+        own = settings.stop_strings or []  # those of the checkpoint
         writer = Writer(self.tokenizer, [*fields.stop, *([own] if isinstance(own, str) else own)], parser)
 
         def write() -> None:
             try:
-                if fields.seed is not None:  # here, where no other answer draws numbers in between
+                if fields.seed is not None:  # set in this thread, where no other answer draws numbers in between
                     torch.manual_seed(fields.seed)
                 given = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
                 with contextlib.suppress(Ended):
@@ -104,7 +104,8 @@ class Served:
         return Reply(writer, self.names[0], chat, tokens, settings.max_new_tokens)
 
     def _settings(self, fields: Fields, room: int) -> Any:
-        """generate()'s. With a temperature or top_p it samples, from all tokens unless the request or the checkpoint has a top_k."""
+        """Return the settings of generate(). With a temperature or top_p it samples, from all tokens unless the request
+        or the checkpoint has a top_k."""
         given = fields.generation_config.model_dump(exclude_none=True)
         given |= fields.model_dump(include={"temperature", "top_p"}, exclude_none=True)
         if given.get("temperature", 1) < GREEDY_BELOW:
@@ -115,7 +116,7 @@ class Served:
         most = fields.max_completion_tokens or fields.max_tokens or given.get("max_new_tokens")
         settings = copy.deepcopy(self.model.generation_config)
         most = min(most or settings.max_new_tokens or ANSWER_TOKENS, room)
-        one = {"num_beams": 1, "num_return_sequences": 1}  # whatever the checkpoint's own settings ask for
+        one = {"num_beams": 1, "num_return_sequences": 1}  # whatever the checkpoint's own settings are
         settings.update(**given | one | {"max_new_tokens": most, "max_length": None, "sequence_bias": biases or None})
         if not settings.do_sample:
             settings.temperature = settings.top_k = settings.top_p = settings.min_p = settings.typical_p = None
@@ -127,25 +128,26 @@ class Served:
 
 
 class Reply:
-    """An answer in OpenAI's words."""
+    """An answer in OpenAI's format."""
 
     def __init__(self, writer: Writer, model: str, chat: bool, prompt_tokens: int, limit: int):
         self.writer, self.chat, self.prompt_tokens, self.limit = writer, chat, prompt_tokens, limit
         self.head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
     async def to(self, request: Request, stream: bool) -> Response:
-        """Answer, or say what generate() raised before a stream began. If the client leaves, write no more."""
+        """Return the answer, or the error that generate() raised before a stream began. Stop writing if the client
+        leaves."""
         pieces = self.writer.pieces()
         answering = asyncio.ensure_future(self._stream(pieces) if stream else self._whole(pieces))
         leaving = asyncio.ensure_future(_left(request))
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
         if answering.done():
-            # Not raised: of what it does not know, Starlette answers and raises again, and the server hangs up without saying so.
+            # The error is not raised: Starlette answers unknown errors and raises them again, and the server then silently closes.
             error = answering.exception()
             return answering.result() if not isinstance(error, Exception) else await _refuse(request, error)
         answering.cancel()
-        return Response(status_code=499)  # to nobody
+        return Response(status_code=499)  # the client has left
 
     async def _whole(self, pieces: AsyncIterator[Piece]) -> Response:
         message: Piece = {"role": "assistant", "content": ""}
@@ -153,7 +155,7 @@ class Reply:
             for field, part in piece.items():
                 message[field] = message[field] + part if field in message else part
         for call in message.get("tool_calls", []):
-            del call["index"]  # a stream's
+            del call["index"]  # only streams have it
         return JSONResponse(self._body("message", message, *self._end()))
 
     async def _stream(self, pieces: AsyncIterator[Piece]) -> Response:
@@ -166,7 +168,7 @@ class Reply:
             async for piece in pieces:
                 yield _event(self._body("delta", piece))
             yield _event(self._body("delta", {}, *self._end()))
-        except Exception as error:  # too late for a status
+        except Exception as error:  # too late for an HTTP status
             yield _event(_problem(error))
         yield "data: [DONE]\n\n"
 
@@ -194,7 +196,7 @@ async def _left(request: Request) -> None:
 
 
 def _problem(error: Exception) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return an error in OpenAI's format."""
     status, message = 400 if isinstance(error, BAD_REQUEST) else 500, str(error) or type(error).__name__
     if isinstance(error, AnyHTTPException):
         status, message = error.status_code, str(error.detail)
@@ -219,6 +221,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 def build_app(served: Served) -> FastAPI:
+    """Return the application with OpenAI's routes."""
     kinds: tuple[Any, ...] = (*BAD_REQUEST, AnyHTTPException, RequestValidationError, Exception)
     app = FastAPI(exception_handlers=dict.fromkeys(kinds, _refuse))
 

@@ -1,7 +1,7 @@
-"""`parloop serve` with mlx-lm: its own server (`mlx_lm.server`), all of its options, around one PLT at any loop count.
+"""`parloop serve` with mlx-lm: its own server (`mlx_lm.server`), with all of its options, around one PLT at any loop count.
 
-Put into it, in this process: the names that the model answers to; that no request makes it load another one, where mlx-lm's server itself
-takes the folder of whatever a request names; and prompts that are continued where an answer ended.
+Three things are changed in this process: the names of the model; no request can load another model (mlx-lm's server itself loads whatever
+folder a request names); and prompts that continue exactly where an answer ended work.
 """
 
 import json
@@ -19,13 +19,13 @@ def serve_with_mlx(checkpoint: Path, *, num_loops: int, names: list[str], argume
     """Serve a PLT with mlx-lm's server, until it is interrupted.
 
     Args:
-        checkpoint: folder.
+        checkpoint: folder of the checkpoint.
         num_loops: R, the loop count of all answers.
-        names: what clients may call the model; the first is what is listed.
+        names: names that clients may use for the model; the first is listed.
         arguments: options of `mlx_lm.server`.
 
     Raises:
-        ServeError: mlx-lm is not installed, or an option that is ours to set.
+        ServeError: mlx-lm is not installed, or an option cannot be given.
         ExportError: the checkpoint cannot be run with MLX.
     """
     if mlx_lm_version() is None:
@@ -37,20 +37,20 @@ def serve_with_mlx(checkpoint: Path, *, num_loops: int, names: list[str], argume
             raise ServeError(f"{option} cannot be given here: {instead}.")
     config = read_config(checkpoint)
     register()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is made below is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is removed
     with tempfile.TemporaryDirectory(prefix="parloop-mlx-") as scratch:
         folder = with_loops(checkpoint, config, num_loops, Path(scratch, "checkpoint"))
         sys.argv = ["mlx_lm.server", "--model", str(folder), "--port", "8000", *arguments]
         run_server([*names, str(folder)])
 
 
-DRAFTS = "a draft that is rejected would have to be taken out of the cache, and the state that a PLT carries cannot be"
+DRAFTS = "a rejected draft would have to be removed from the cache, which is not possible for a PLT's carry"
 
 
 def with_loops(checkpoint: Path, config: dict, num_loops: int, folder: Path) -> Path:
-    """The checkpoint with another loop count: links to its files, and a configuration of its own.
+    """Make a folder of the checkpoint with another loop count, from links to its files and a new configuration. Return the folder.
 
-    (The model file of an exported folder is left out, so that it needs no trust: our class is registered.)
+    (The model file of an exported folder is left out, so that it needs no trust flag: our class is registered.)
     """
     folder.mkdir(parents=True)
     for path in checkpoint.iterdir():
@@ -62,7 +62,8 @@ def with_loops(checkpoint: Path, config: dict, num_loops: int, folder: Path) -> 
 
 
 def run_server(names: list[str]) -> None:
-    """`mlx_lm.server`'s own main, by the arguments in sys.argv. It has no parameters for what loads models, lists them and keeps prompts."""
+    """Run the main function of `mlx_lm.server`, on the arguments in sys.argv. Its loading, listing and prompt cache are
+    replaced, since it has no parameters for them."""
     from mlx_lm import server
 
     class OnePLT(server.ModelProvider):
@@ -70,12 +71,12 @@ def run_server(names: list[str]) -> None:
             if model_path not in names and model_path != "default_model":
                 raise ValueError(f"model {model_path!r} is not served here: use {names[0]!r}.")
             if adapter_path is not None:
-                raise ValueError(f"adapters={adapter_path!r} cannot be asked for: start the server with --adapter-path.")
+                raise ValueError(f"adapters={adapter_path!r} cannot be requested: start the server with --adapter-path.")
             return super().load("default_model", None, None)
 
     class Handler(server.APIHandler):
         def do_GET(self):
-            if self.path != "/version":  # what `parloop eval` writes down
+            if self.path != "/version":  # `parloop eval` records it
                 return super().do_GET()
             self._answer({"engine": "mlx-lm", "version": mlx_lm_version()})
 
@@ -91,8 +92,10 @@ def run_server(names: list[str]) -> None:
             self.wfile.write(body)
 
     class PromptCache(server.LRUPromptCache):
-        """One token of a prompt is always left to compute. Without one, as when a text is continued exactly where an answer ended,
-        mlx-lm 0.32's thread that generates dies, whatever the model."""
+        """Always leaves one token of a prompt to compute.
+
+        Without one, as in a text that continues exactly where an answer ended, mlx-lm 0.32's generating thread dies, with any model.
+        """
 
         def fetch_nearest_cache(self, model, tokens):
             cache, rest = super().fetch_nearest_cache(model, tokens[:-1])

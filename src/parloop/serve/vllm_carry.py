@@ -1,16 +1,15 @@
 """The carry in vLLM's paged cache: each loop's state of every token, so that the next loop can read that of the token before.
 
-To vLLM a carry is a few more attention layers with a sliding window of two tokens (this one and its predecessor). It hands out
-their blocks, finds them again by prefix, takes them back at preemption and frees what has left the window, like those of keys and
-values. So whatever the scheduler does, a position's state is where its block table says, or its request begins there.
+To vLLM a carry is a few more attention layers with a sliding window of two tokens (the current one and its predecessor). vLLM allocates
+their blocks, finds them again by prefix, frees them at preemption and after they leave the window, as it does with keys and values. So
+whatever the scheduler does, a position's state is where its block table points, or its request begins there.
 
     CarryLayer    one piece of the state in one layer of vLLM's cache: it declares the blocks and holds the tensor
-    CarryBuilder  computes, once a step, every token's slot and its predecessor's
+    CarryBuilder  computes, once per step, every token's slot and its predecessor's
     Carry         one loop's state, [tokens, D], as its pieces
 
-The state is cut into pieces because vLLM's cache comes in pages of one size, that of a layer's keys and values, and in groups of
-as many layers as the smallest kind has. One piece for each decoder layer makes a group like the others; those that the state does
-not fill stay empty.
+The state is cut into pieces because vLLM's cache has pages of one size, that of a layer's keys and values, in groups of as many layers as
+the smallest kind has. One piece per decoder layer makes a group like the others; pieces that the state does not fill stay empty.
 """
 
 from dataclasses import dataclass
@@ -35,15 +34,15 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 @dataclass
 class CarryMetadata(AttentionMetadata):
     slots: torch.Tensor
-    """[tokens] int64: where each token's state is kept; what is below 0 is padding."""
+    """int64 [tokens]: slot of each token's state; below 0 for padding."""
     previous_slots: torch.Tensor
-    """[tokens] int64: where its predecessor's is kept; -1 for the first token of a request."""
+    """int64 [tokens]: slot of its predecessor's state; -1 for the first token of a request."""
     one_token: bool
-    """No request has more than one token in this step."""
+    """Whether no request has more than one token in this step."""
 
 
 class CarryBuilder(AttentionMetadataBuilder[CarryMetadata]):
-    # A CUDA graph may hold steps of one token per request: what is built here is then read from fixed addresses.
+    # A CUDA graph may hold steps of one token per request: it then reads these tensors from fixed addresses.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
@@ -57,7 +56,7 @@ class CarryBuilder(AttentionMetadataBuilder[CarryMetadata]):
     ) -> CarryMetadata:
         cm, block_size = common_attn_metadata, self.kv_cache_spec.block_size
         T = cm.num_actual_tokens
-        if len(self.previous) < T:  # a batch that was padded
+        if len(self.previous) < T:  # a padded batch
             self.previous = torch.full((T,), -1, dtype=torch.int64, device=self.device)
             self.token = torch.arange(T, device=self.device)
         token, ends = self.token[:T], cm.query_start_loc[1:].long()
@@ -71,7 +70,7 @@ class CarryBuilder(AttentionMetadataBuilder[CarryMetadata]):
 
 
 class CarryBackend(AttentionBackend):
-    """Not an attention: it brings the builder."""
+    """Provides the builder to vLLM. It computes no attention."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -82,7 +81,7 @@ class CarryBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> (
         Any
-    ):  # abstract in vLLM, which catches this error where it asks (context parallelism, refused anyway)
+    ):  # abstract in vLLM, which catches this error where it calls it (for context parallelism, which is refused anyway)
         raise NotImplementedError("The carry is written and read by the model, not by an attention.")
 
     @staticmethod
@@ -95,7 +94,7 @@ class CarryBackend(AttentionBackend):
 
 
 class CarryLayer(nn.Module, AttentionLayerBase):
-    """Room in a layer of vLLM's cache: for each token `num_kv_heads` times `2 * head_size` numbers, like keys and values."""
+    """One layer in vLLM's cache: per token `num_kv_heads` times `2 * head_size` numbers, as for keys and values."""
 
     def __init__(self, num_kv_heads: int, head_size: int, vllm_config: VllmConfig, name: str) -> None:
         super().__init__()
@@ -117,20 +116,22 @@ class CarryLayer(nn.Module, AttentionLayerBase):
             "head_size": self.head_size,
             "dtype": self.dtype,
         }
-        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:  # then nothing is freed while its request lives
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:  # then nothing is freed before its request ends
             return FullAttentionSpec(**room)
         return SlidingWindowSpec(**room, sliding_window=2)
 
     def write(self, slots_N: torch.Tensor, piece_ND: torch.Tensor) -> None:
-        block, place = self._places(slots_N)
-        self.kv_cache[block, :, place] = piece_ND.unflatten(1, (self.num_kv_heads, -1)).to(self.dtype)
+        """Write pieces [N, width] of the state into slots."""
+        block, offset = self._block_and_offset(slots_N)
+        self.kv_cache[block, :, offset] = piece_ND.unflatten(1, (self.num_kv_heads, -1)).to(self.dtype)
 
     def read(self, slots_N: torch.Tensor) -> torch.Tensor:
-        block, place = self._places(slots_N)
-        return self.kv_cache[block, :, place].flatten(1)
+        """Return the pieces [N, width] in slots."""
+        block, offset = self._block_and_offset(slots_N)
+        return self.kv_cache[block, :, offset].flatten(1)
 
-    def _places(self, slots_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slots_N, size = slots_N.clamp(min=0), self.kv_cache.shape[2]  # padding goes to block 0, which vLLM gives to nobody
+    def _block_and_offset(self, slots_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slots_N, size = slots_N.clamp(min=0), self.kv_cache.shape[2]  # padding goes to block 0, which vLLM never allocates
         return slots_N.div(size, rounding_mode="floor"), slots_N % size
 
 
@@ -139,10 +140,11 @@ class Carry(nn.Module):
 
     Args:
         hidden_size: D.
-        num_kv_heads: of this rank.
-        head_size: what makes a page as large as one of keys and values: K, or less where these are stored in fewer bits.
-        num_layers: of the model.
-        names: prefix and suffix of the layers' names in vLLM's cache; their index comes between.
+        num_kv_heads: key/value heads of this rank.
+        head_size: size that makes a page as large as one of keys and values: K, or less if these are stored in fewer bits.
+        num_layers: layers of the model.
+        names: prefix and suffix of the layers' names in vLLM's cache; the index comes in between.
+        vllm_config: vLLM's configuration.
     """
 
     def __init__(
@@ -157,25 +159,25 @@ class Carry(nn.Module):
         super().__init__()
         self.hidden_size, self.width = hidden_size, 2 * num_kv_heads * head_size
         self.used = -(-hidden_size // self.width)
-        groups = -(-self.used // num_layers)  # more than one where tensor parallelism makes pages small
+        groups = -(-self.used // num_layers)  # more than one if tensor parallelism makes pages small
         self.names = [f"{names[0]}.{i}.{names[1]}{chr(97 + g)}" for i in range(num_layers) for g in range(groups)]
         self.pieces = [CarryLayer(num_kv_heads, head_size, vllm_config, name) for name in self.names]
 
     def metadata(self) -> list[CarryMetadata] | None:
-        """Attention metadata of the pieces that are in use; None while vLLM measures memory, without a cache."""
+        """Return the attention metadata of the pieces in use; None while vLLM measures memory, without a cache."""
         by_layer = get_forward_context().attn_metadata
-        if isinstance(by_layer, list):  # of a speculative step: the first is the model's own
+        if isinstance(by_layer, list):  # in a speculative step; the first is the model's own
             by_layer = by_layer[0]
         return None if not by_layer else [by_layer[name] for name in self.names[: self.used]]
 
     def write(self, h_ND: torch.Tensor) -> None:
-        """Keep the state of this step's tokens."""
+        """Write the state of this step's tokens, [tokens, D]."""
         padded_ND = F.pad(h_ND, (0, self.used * self.width - self.hidden_size))
         for piece_ND, layer, where in zip(padded_ND.split(self.width, dim=-1), self.pieces, self.metadata() or ()):
             layer.write(where.slots, piece_ND)
 
     def read(self, like_ND: torch.Tensor) -> torch.Tensor:
-        """shift(h) [tokens, D]: the state of each token's predecessor, zeros for a request's first token."""
+        """Return shift(h) [tokens, D]: the state of each token's predecessor, zeros for a request's first token."""
         metadata = self.metadata()
         if metadata is None:
             return torch.zeros_like(like_ND)

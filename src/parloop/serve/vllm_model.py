@@ -1,12 +1,12 @@
-"""The Parallel Loop Transformer out of vLLM's layers: the equations of model/modeling.py, over vLLM's paged cache.
+"""The Parallel Loop Transformer made of vLLM's layers: the equations of model/modeling.py, over vLLM's paged cache.
 
-A step of vLLM holds tokens of many requests, in one row after the other. Two ways through it (`PLTModel.forward`):
+A step of vLLM holds tokens of many requests, concatenated. There are two ways to compute it (`PLTModel.forward`):
 
     one pass         no request has more than one token: the loops of all tokens are rows of one pass over the weights
     loop after loop  some request has more, as prompts do: R passes over all tokens
 
-Both write and read the same cache, position by position, so chunked prompts, prefix caching, preemption and rejected drafts are
-the scheduler's business alone. What the cache holds, in vLLM's layers:
+Both write and read the same cache, position by position, so chunked prompts, prefix caching, preemption and rejected drafts concern only
+the scheduler. The cache holds, in vLLM's layers:
 
     attn             loop 1's keys and values, of every token
     read, read_all   nothing: later loops, or all at once, attend to loop 1's through them (vLLM's sharing between layers)
@@ -52,13 +52,16 @@ from .vllm_weights import checked  # noqa: E402
 logger = init_logger("vllm.parloop")
 
 Rows = Sequence[torch.Tensor]  # one tensor per loop
-# Backends that write the cache apart from attention, and take any number of query heads per key head.
+# Backends that write the cache separately from attention, and take any number of query heads per key head.
 READ_AT_ONCE = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
 
 
 class PLTGate(nn.Module):
-    """g = sigmoid(gate(x)) for the heads of this rank. Plain parameters: neither quantised, nor repacked for the CPU's kernels. In
-    float32, which costs nothing at this size: bfloat16 products of so few columns are the slower ones on CPUs."""
+    """g = sigmoid(gate(x)) for the heads of this rank.
+
+    Its parameters are plain ones, neither quantised nor repacked for the CPU's kernels, in float32, which costs nothing at this size: on CPUs,
+    bfloat16 products of so few columns are slower.
+    """
 
     def __init__(self, config: PLTConfig, num_heads: int):
         super().__init__()
@@ -72,7 +75,8 @@ class PLTGate(nn.Module):
             self.gate_norm = nn.RMSNorm(inputs, eps=config.rms_norm_eps, dtype=torch.float32)
 
     def forward(self, x_ND: torch.Tensor, q_NHK: torch.Tensor) -> torch.Tensor:
-        """
+        """Compute the gate.
+
         Args:
             x_ND: the layer's input before the layer's own norm.
             q_NHK: the rotated query.
@@ -88,7 +92,7 @@ class PLTGate(nn.Module):
 
 
 class PLTAttention(nn.Module):
-    """Attention of one layer for any loop: the same projections, gated global and local attention from loop 2 on."""
+    """Attention of one layer for any loop: shared projections; gated global and local attention from loop 2 on."""
 
     def __init__(self, config: PLTConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -143,7 +147,7 @@ class PLTAttention(nn.Module):
             if self.attn.attn_backend.get_name() in READ_AT_ONCE:
                 heads_of_all = R * self.num_heads
                 self.read_all = attention("read_all", heads_of_all, kv_sharing_target_layer_name=f"{prefix}.attn")
-            # vLLM's window counts the token itself. A window of that token alone needs no keys.
+            # vLLM's window counts the token itself. With w = 0 the token sees only itself, which needs no cached keys.
             self.windows = nn.ModuleList(
                 attention(f"window_loop{r + 1}", per_layer_sliding_window=w + 1) for r in range(1, R) if w > 0
             )
@@ -152,16 +156,21 @@ class PLTAttention(nn.Module):
     def forward(
         self, positions_N: torch.Tensor, normed_ND: torch.Tensor, x_ND: torch.Tensor, loop: int | None
     ) -> torch.Tensor:
-        """
+        """Compute attention for rows of one loop, or of all.
+
         Args:
-            positions_N: of the rows, in their requests.
-            normed_ND: the layer's input x_ND after the layer's norm.
-            loop: which loop the rows belong to; None: all loops, row after row of loop 1, then those of loop 2, ..
+            positions_N: positions of the rows in their requests.
+            normed_ND: the layer's input after the layer's norm.
+            x_ND: the layer's input before it.
+            loop: loop of the rows, from 0; None: all loops, first all rows of loop 1, then all of loop 2, ..
+
+        Returns:
+            the output [N, D], after the output projection.
         """
         qkv, _ = self.qkv_proj(normed_ND)
         H, G, K = self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = qkv.split([H * K, G * K, G * K], dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:  # every head by itself
+        if self.q_norm is not None and self.k_norm is not None:  # each head separately
             q = self.q_norm(q.reshape(-1, H, K)).flatten(1)
             k = self.k_norm(k.reshape(-1, G, K)).flatten(1)
         q, k = self.rotary_emb(positions_N, q, k)
@@ -179,19 +188,21 @@ class PLTAttention(nn.Module):
         return out
 
     def _global(self, q: torch.Tensor, q_r: Rows, k_r: Rows, v_r: Rows) -> torch.Tensor:
-        """Attention of all loops' rows over loop 1's keys, [R * N, H * K]. Loop 1's new keys are written first. If the backend can,
-        the loops are more heads of the same tokens, so that the cache is read once for all of them."""
+        """Return attention of all loops' rows over loop 1's keys, [R * N, H * K]. Loop 1's new keys are written first.
+
+        If the backend allows it, the loops are further heads of the same tokens, so that the cache is read once for all of them.
+        """
         R, H, G, K = self.num_loops, self.num_heads, self.num_kv_heads, self.head_dim
         if self.read_all is None:
             first = self.attn(q_r[0], k_r[0], v_r[0])
             return torch.cat((first, *(self.read(*row) for row in zip(q_r[1:], k_r[1:], v_r[1:]))))
         unified_kv_cache_update(k_r[0].reshape(-1, G, K), v_r[0].reshape(-1, G, K), self.attn.layer_name)
-        q_NGRhK = q.reshape(R, -1, G, H // G, K).permute(1, 2, 0, 3, 4)  # heads of a key head lie together
+        q_NGRhK = q.reshape(R, -1, G, H // G, K).permute(1, 2, 0, 3, 4)  # query heads of one key head are adjacent
         out_NGRhK = self.read_all(q_NGRhK.reshape(-1, R * H * K), k_r[0], v_r[0]).view(q_NGRhK.shape)
         return out_NGRhK.permute(2, 0, 1, 3, 4).reshape(-1, H * K)
 
     def _local(self, q_r: Rows, k_r: Rows, v_r: Rows, loop: int) -> torch.Tensor:
-        """Attention of the rows of `loop`, the next, .. over their own windows: [rows, H * K]."""
+        """Return attention of the rows of `loop`, the next loop, .. over their own windows: [rows, H * K]."""
         if len(self.windows) == 0:
             heads = torch.cat(tuple(v_r)).unflatten(1, (self.num_kv_heads, -1))
             return heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1).flatten(1)
@@ -199,7 +210,7 @@ class PLTAttention(nn.Module):
         return torch.cat([window(*row) for window, row in zip(windows, zip(q_r, k_r, v_r))])
 
     def _mix(self, global_: torch.Tensor, local: torch.Tensor, q: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-        """g * global + (1 - g) * local for rows of the loops 2..R: [rows, H * K]."""
+        """Return g * global + (1 - g) * local for rows of the loops 2..R: [rows, H * K]."""
         heads = (self.num_heads, self.head_dim)
         g_NH1 = self.plt_gate(x_ND, q.unflatten(1, heads)).to(global_.dtype)
         return torch.lerp(local.unflatten(1, heads), global_.unflatten(1, heads), g_NH1).flatten(1)
@@ -221,7 +232,7 @@ class PLTDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, residual_ND: torch.Tensor | None, loop: int | None):
-        """x + residual is the layer's input and output, as in vLLM's Llama: the norms add the two in one kernel."""
+        """Run the layer. Its input and output are x + residual, as in vLLM's Llama: the norms add the two in one kernel."""
         if residual_ND is None:
             residual_ND, normed_ND = x_ND, self.input_layernorm(x_ND)
         else:
@@ -249,7 +260,7 @@ class PLTModel(nn.Module):
         size = attn.head_dim * attn.attn.kv_cache_torch_dtype.itemsize // vllm_config.model_config.dtype.itemsize
         names = [(f"{prefix}.layers", f"carry_loop{r + 1}") for r in range(R - 1)]
         self.carries = nn.ModuleList(Carry(D, attn.num_kv_heads, size, L, name, vllm_config) for name in names)
-        # LoRA finds a row's adapter by its place in the step, so there each loop is a step of its own.
+        # vLLM's LoRA finds a row's adapter by its index in the step, so with LoRA each loop needs a pass of its own.
         self.one_pass = vllm_config.lora_config is None and vllm_config.additional_config.get("plt_one_pass", True)
 
     def forward(self, input_ids: torch.Tensor | None, positions_N: torch.Tensor, inputs_embeds: torch.Tensor | None = None):
@@ -270,7 +281,7 @@ class PLTModel(nn.Module):
         return h_ND
 
     def _one_pass(self, e_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """The loops of N tokens of N requests as R * N rows. Exact: loop r reads loop r-1 of the token before, which is cached."""
+        """Run the loops of N tokens of N requests as R * N rows. Exact, since loop r reads loop r-1 of the token before, which is cached."""
         R, N = self.config.plt_num_loops, len(e_ND)
         later = [self._combine(e_ND, carry.read(e_ND)) for carry in self.carries]
         h_RND = self._stack(torch.cat((e_ND, *later)), positions_N.repeat(R), None).view(R, N, -1)
@@ -279,7 +290,7 @@ class PLTModel(nn.Module):
         return h_RND[-1]
 
     def _stack(self, x_ND: torch.Tensor, positions_N: torch.Tensor, loop: int | None) -> torch.Tensor:
-        """All layers, and the norm that follows every loop, or the last loop only."""
+        """Run all layers, and the norm that follows every loop, or the last loop only."""
         R = self.config.plt_num_loops
         residual_ND: Any = None
         for layer in self.layers:
@@ -287,13 +298,13 @@ class PLTModel(nn.Module):
         if self.config.plt_normalize_per_loop or loop == R - 1:
             return self.norm(x_ND, residual_ND)[0]
         h_ND = x_ND + residual_ND
-        if loop is None:  # rows of all loops
+        if loop is None:  # the rows are of all loops
             N = len(h_ND) // R
             h_ND = torch.cat((h_ND[:-N], self.norm(h_ND[-N:])))
         return h_ND
 
     def _combine(self, e_ND: torch.Tensor, shifted_ND: torch.Tensor) -> torch.Tensor:
-        """b = a * E + c * shift(h), the input of loops 2..R."""
+        """Return b = a * E + c * shift(h), the input of loops 2..R."""
         a, c = self.config.plt_emb_scale, self.config.plt_hidden_scale
         return (e_ND if a is None else a * e_ND) + (shifted_ND if c is None else c * shifted_ND)
 
@@ -339,7 +350,7 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return self.model.embed_tokens(input_ids)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
-        """[tokens] ids and positions of a step -> h_R [tokens, D]."""
+        """Return h_R [tokens, D] of a step's ids and positions [tokens]."""
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -365,9 +376,10 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """
+    """Refuse options with which vLLM would compute something else.
+
     Raises:
-        ValueError: an option that would compute something else.
+        ValueError: there is one.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     offset = vllm_config.model_config.hf_config.plt_offset
@@ -401,7 +413,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.lora_config is not None and vllm_config.model_config.hf_config.plt_num_loops > 1:
         logger.warning(
-            "LoRA is on: a decode step takes a pass per loop, since vLLM finds a row's adapter by its place in the step."
+            "LoRA is on: a decode step takes a pass per loop, since vLLM finds a row's adapter by its index in the step."
         )
     if vllm_config.compilation_config.mode:
         logger.info("torch.compile leaves a PLT alone: decode steps and prompts take different ways through it.")

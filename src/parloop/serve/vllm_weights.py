@@ -1,5 +1,7 @@
-"""See that a checkpoint's weights are those that its config.json asks for. vLLM's loader lets pass what no file fills: the memory of a
-matrix, or a part of one, stays what it was before; and it cuts off what a matrix has too much."""
+"""Check that a checkpoint's weights match its config.json.
+
+vLLM's loader does not: it leaves a matrix that no file fills, or a part of one, uninitialised, and cuts off surplus rows.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Set
@@ -9,12 +11,12 @@ import torch
 from ..model.configuration import GATE, PLTConfig, released_name
 from ..quantize.form import PARTS, Scheme
 
-COMPUTED = "rotary_emb.inv_freq"  # old Llama files keep it
+COMPUTED = "rotary_emb.inv_freq"  # a buffer in old Llama files, which is computed
 HEAD = "lm_head.weight"
 
 
 def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a checkpoint."""
+    """Return the name and shape of every weight of a checkpoint."""
     D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     H, G = config.num_attention_heads, config.num_key_value_heads
     attention, mlp = config.attention_bias, config.mlp_bias
@@ -47,7 +49,7 @@ def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _packed(shapes: dict[str, tuple[int, ...]], scheme: Scheme, linear: Set[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes with the parts that quantised matrices are kept in (quantize/form.py)."""
+    """Return the shapes with the parts that quantised matrices are kept in (quantize/form.py)."""
     packed: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
@@ -63,15 +65,17 @@ def _packed(shapes: dict[str, tuple[int, ...]], scheme: Scheme, linear: Set[str]
 def checked(
     weights: Iterable[tuple[str, torch.Tensor]], config: PLTConfig, gates_may_lack: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hand on all weights of a checkpoint, names and tensors.
+    """Yield all weights of a checkpoint, names and tensors, and check them on the way.
 
     Args:
-        gates_may_lack: all of them together: the checkpoint was trained with one loop.
+        weights: names and tensors in the files.
+        config: configuration of the model.
+        gates_may_lack: allow that all gates are missing, as in a checkpoint that was trained with one loop.
 
     Raises:
-        ValueError: one has another shape, is left over, or at the end is missing.
+        ValueError: a weight has another shape, is not the model's, or, at the end, is missing.
     """
-    is_what = "The checkpoint is not what its config.json says:"
+    mismatch = "The checkpoint does not match its config.json:"
     shapes, seen = shapes_of(config), set()
     for given, tensor in weights:
         name = released_name(given)
@@ -81,10 +85,10 @@ def checked(
             continue
         if name not in shapes:
             raise ValueError(
-                f"{is_what} the files hold {given}, which a model of this configuration has no place for: correct it."
+                f"{mismatch} the files hold {given}, which a model of this configuration does not have: correct it."
             )
         if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{is_what} {given} has shape {tuple(tensor.shape)}, and not {shapes[name]}: correct it.")
+            raise ValueError(f"{mismatch} {given} has shape {tuple(tensor.shape)}, and not {shapes[name]}: correct it.")
         seen.add(name)
         yield given, tensor
     missing = shapes.keys() - seen
@@ -92,4 +96,4 @@ def checked(
         missing = {name for name in missing if f".{GATE}." not in name}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{is_what} the files lack {min(missing)}{more}: correct it, or take the files that belong to it.")
+        raise ValueError(f"{mismatch} the files lack {min(missing)}{more}: correct it, or take the files that belong to it.")

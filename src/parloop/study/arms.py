@@ -1,4 +1,4 @@
-"""The arms of a study: what one model has that the others have not."""
+"""The arms of a study: the settings in which its models differ."""
 
 import dataclasses
 import difflib
@@ -13,13 +13,13 @@ from ..corpus import CorpusSettings
 from ..errors import RecipeError
 from ..train.recipe import Recipe
 
-# Fields that every arm shares: what is read, and in which rows; the study sets the loop counts and seeds itself.
+# Fields that every arm shares: the data and its rows; the study sets the loop counts and seeds itself.
 SHARED = {field.name for field in dataclasses.fields(CorpusSettings)} | {"source", "mixture", "loops", "seed", "init_from"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field of the recipe that a study sweeps over, and an arm's value of it."""
+    """A recipe field that a study sweeps over, and an arm's value of it."""
 
     name: str
     value: Any
@@ -32,25 +32,25 @@ def _differs(column: str, label: str, folder: str, **options: Any) -> Any:
     """Make a field of an arm.
 
     Args:
-        column: its title in tables; empty where another column tells it.
+        column: its title in tables; empty if another column shows it.
         label: its part of an arm's label; {} is the value.
         folder: its part of the names of runs' folders.
-        options: of `dataclasses.field`, a default for every field but the first: an arm at its default does not name the field.
+        options: options of `dataclasses.field`. Every field but the first has a default; labels and folders omit a field at its default.
     """
     return dataclasses.field(**options, metadata={"column": column, "label": label, "folder": folder})
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of model of a study. A field is a field of the recipe, or else `recipe` says what it changes there.
+    """One kind of model of a study. A field is a field of the recipe, or `recipe` translates it into one.
 
-    A further field is one more column in every table once two arms differ in it, one more part of labels and folders, and a part of
-    `arm` in results.json; figures draw a line for all arms that differ in their loop count only.
+    To compare along another axis, add a field: tables then show a column for it once two arms differ in it, labels, folders and `arm` in
+    results.json contain it, and figures draw one line for all arms that differ only in their loop count.
 
-    `changes` are of fields of the recipe, which a study sweeps over: each is a column, and a part of labels and folders.
+    `changes` are changes of recipe fields, from a study's sweep: each is a column, and a part of labels and folders.
 
-    Controls have one loop, and what more loops cost spent otherwise: `layers` times the layers, each with weights of its own, or as many
-    training tokens as the compute of `compute_of` loops buys.
+    Controls have one loop and spend the cost of more loops otherwise: on `layers` times the layers, each with weights of its own, or on as
+    many training tokens as the compute of `compute_of` loops buys.
     """
 
     loops: int = _differs("R", "R = {}", "r{}")
@@ -60,41 +60,41 @@ class Arm:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is there to be compared with, and not to be chosen."""
+        """Whether the arm is only compared with, and never recommended."""
         return self.layers > 1 or self.compute_of > 0
 
     @property
     def control(self) -> str:
-        """What it is the control of, as the option --control names it: deep 2."""
+        """Value of the option --control that adds this arm: deep 2. Empty if it is no control."""
         if not self.is_control:
             return ""
         return f"deep {self.layers}" if self.layers > 1 else f"compute {self.compute_of}"
 
     @property
     def place(self) -> int:
-        """Where it stands in figures against the loop count: a control stands with the loop count that it is the control of."""
+        """Position on the loop-count axis of figures: a control stands at the loop count that it is the control of."""
         return self.compute_of or self.loops * self.layers
 
     @property
     def label(self) -> str:
-        """What the arm is called in texts: R = 2."""
+        """Name of the arm in texts: R = 2."""
         return ", ".join(self._parts("label"))
 
     @property
     def name(self) -> str:
-        """What its runs' folders begin with: r2."""
+        """Beginning of the names of its runs' folders: r2."""
         return "-".join(self._parts("folder"))
 
     @property
     def line(self) -> str:
-        """What a line of a figure is called, which has a point for each loop count; empty if it is the only one."""
+        """Name of the figure's line that the arm is a point of; empty if there is only one line."""
         if self.is_control:
             name = "R times the layers instead" if self.layers > 1 else "one loop, as much training compute"
             return ", ".join([name, *map(str, self.changes)])
         return ", ".join(self._parts("label")[1:])
 
     def recipe(self, recipe: Recipe, **changes: Any) -> Recipe:
-        """Return the protocol's recipe for this arm, and with further changes."""
+        """Return the protocol's recipe for this arm, with further changes."""
         layers = recipe.num_hidden_layers * self.layers
         swept = {change.name: change.value for change in self.changes}
         layers = swept.pop("num_hidden_layers", recipe.num_hidden_layers) * self.layers
@@ -107,7 +107,8 @@ class Arm:
 
 
 def columns(arms: Sequence[Arm]) -> dict[str, list[str]]:
-    """Return the columns of a table that tell the arms apart: title -> a cell for every arm. The loop count is always one."""
+    """Return the columns of a table that distinguish the arms: title -> one cell per arm. The loop count is always among
+    them."""
     shown = {}
     for number, field in enumerate(dataclasses.fields(Arm)):
         cells = [str(getattr(arm, field.name)) for arm in arms]
@@ -121,22 +122,22 @@ def columns(arms: Sequence[Arm]) -> dict[str, list[str]]:
 
 
 def lines(arms: Sequence[Arm]) -> dict[str, list[int]]:
-    """Return what figures draw a line for: its name -> places of the arms in it, by loop count."""
+    """Return the lines of figures: name -> indices of the arms on it, by loop count."""
     found: dict[str, list[int]] = {}
-    for place, arm in sorted(enumerate(arms), key=lambda entry: entry[1].place):
-        found.setdefault(arm.line, []).append(place)
+    for index, arm in sorted(enumerate(arms), key=lambda entry: entry[1].place):
+        found.setdefault(arm.line, []).append(index)
     return found
 
 
 def combinations(sweep: Sequence[str], recipe: Recipe) -> list[tuple[Change, ...]]:
-    """Return every combination of the values that a sweep names.
+    """Return every combination of a sweep's values.
 
     Args:
-        sweep: of each field of the recipe its name and values, learning_rate=1e-3,3e-3.
-        recipe: the protocol, with which every value must go.
+        sweep: name and values of each recipe field, as in learning_rate=1e-3,3e-3.
+        recipe: the protocol, which every value must fit.
 
     Raises:
-        RecipeError: no such form, a field that is unknown, named twice, or shared by all arms, a value that the recipe refuses.
+        RecipeError: an entry has another form; its field is unknown, named twice, or shared by all arms; the recipe refuses a value.
     """
     known = [field.name for field in dataclasses.fields(Recipe) if field.name not in SHARED]
     swept: dict[str, list[Change]] = {}
@@ -164,4 +165,4 @@ def _parsed(value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
-        return value  # the recipe says what it may be
+        return value  # the recipe checks it

@@ -1,4 +1,4 @@
-"""Figures of a study. A line is drawn for all arms that differ in their loop count only."""
+"""Figures of a study. Arms that differ only in their loop count share a line."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,9 +9,9 @@ from .results import Row, StudyResult
 
 
 def _lines(result: StudyResult) -> dict[str, list[Row]]:
-    """Return the name of every line, and its rows by loop count."""
+    """Return the lines of a figure: name -> rows by loop count."""
     found = lines([row.arm for row in result.rows])
-    return {name: [result.rows[place] for place in places] for name, places in found.items()}
+    return {name: [result.rows[index] for index in indices] for name, indices in found.items()}
 
 
 def _counts(rows: list[Row]) -> list[int]:
@@ -20,7 +20,7 @@ def _counts(rows: list[Row]) -> list[int]:
 
 @styled()
 def loss_curves(result: StudyResult) -> Figure:
-    """Training loss (smoothed, thin) and validation loss (marked) against training tokens."""
+    """Draw training loss (smoothed, thin) and validation loss (marked) against training tokens."""
     figure, axes = panels()
     per_step = result.recipe["batch_size"] * result.recipe["length"]
     several = len(_lines(result)) > 1
@@ -48,7 +48,7 @@ def loss_curves(result: StudyResult) -> Figure:
 
 @styled()
 def loss_against_loops(result: StudyResult) -> Figure:
-    """Held-out loss with intervals and the read-outs of intermediate loops; below, the paired difference."""
+    """Draw held-out loss with intervals and the read-outs of intermediate loops; below, the paired difference."""
     figure, grid = panels(2, 1, (6.4, 5.4), height_ratios=[3, 2], sharex=True)
     top, bottom = grid[:, 0]
     several, shown = len(_lines(result)) > 1, set()
@@ -90,7 +90,7 @@ COSTS = {
 
 @styled()
 def cost_against_loops(result: StudyResult) -> Figure:
-    """Costs relative to the base's, a panel for each line of arms."""
+    """Draw costs relative to the base's, a panel for each line of arms."""
     base = result.row(result.base)
     by_line = {name: rows for name, rows in _lines(result).items() if not rows[0].arm.is_control}
     figure, grid = panels(1, len(by_line), (max(6.4, 4.0 * len(by_line)), 4.4), sharey=True)
@@ -110,7 +110,7 @@ def cost_against_loops(result: StudyResult) -> Figure:
 
 @styled()
 def answers_by_group(result: StudyResult) -> Figure:
-    """Share of answers that are right, by length, hops or level, with intervals and chance; a panel for each line of arms."""
+    """Draw the share of right answers by length, hops or level, with intervals and chance; a panel for each line of arms."""
     by_line = _lines(result)
     figure, grid = panels(len(by_line), 1, (6.4, 4.4 if len(by_line) == 1 else 3.2 * len(by_line)), sharex=True)
     for axes, (name, rows) in zip(np.atleast_1d(grid).flat, by_line.items()):
@@ -127,7 +127,7 @@ def answers_by_group(result: StudyResult) -> Figure:
         axes.set_title(name or ("loops" if len(by_line) > 1 else ""), fontsize=10)
         if len(by_line) > 1:
             axes.legend(fontsize=8)
-        axes.set_ylabel("answers that are right (share)")
+        axes.set_ylabel("right answers (share)")
     axes.set_xlabel(result.group_unit)
     if len(by_line) == 1:
         legend_of(figure, axes)

@@ -1,4 +1,4 @@
-"""What an arm's model costs: time of prefill and decode steps, bytes of cache, memory of a training step."""
+"""Costs of an arm's model: time of prefill and decode steps, bytes of cache, memory of a training step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ ROUNDS = 7
 
 
 def measure(folders: dict[Arm, Path], recipe: Recipe) -> dict[Arm, Costs]:
-    """Return times, bytes and memory of a checkpoint of every arm."""
+    """Return times, cache bytes and training memory of one checkpoint per arm."""
     models = {arm: load_model(folder, recipe.device) for arm, folder in folders.items()}
     times = inference_times(models, recipe.length)
     rows = recipe.batch_size // recipe.gradient_accumulation
@@ -35,19 +35,20 @@ def measure(folders: dict[Arm, Path], recipe: Recipe) -> dict[Arm, Costs]:
 
 
 def prompt_tokens(length: int) -> int:
-    """Return how many tokens of a text are its prompt; the rest is decoded."""
+    """Return how many tokens of a text of `length` tokens are its prompt; the rest is decoded."""
     return 3 * length // 4
 
 
 def inference_times(models: dict[Arm, PLTForCausalLM], length: int, rounds: int = ROUNDS) -> dict[Arm, dict[str, Spread]]:
-    """Time models and ways of decoding, interleaved, batch 1.
+    """Time prefill and both ways of decoding for all models, interleaved, at batch size 1.
 
     Args:
-        models: in eval mode.
+        models: the arms' models, in eval mode.
         length: tokens of the text.
+        rounds: repetitions.
 
     Returns:
-        arm -> prefill_ms, decode_ms (all loops in one pass) and decode_pass_per_loop_ms, over rounds.
+        arm -> prefill_ms, decode_ms (all loops in one pass) and decode_pass_per_loop_ms, in milliseconds, over rounds.
     """
     vocabulary = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(3, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
@@ -69,32 +70,32 @@ def inference_times(models: dict[Arm, PLTForCausalLM], length: int, rounds: int 
 
 @torch.no_grad()
 def _one_text(model: PLTForCausalLM, ids: torch.Tensor, prompt: int, one_pass: bool) -> tuple[float, float]:
-    """Return the seconds of the prefill of `prompt` tokens, and those per decode step over the rest."""
+    """Return the seconds of the prefill of `prompt` tokens, and the seconds per decode step over the rest."""
     cache = make_cache(model.config)
     start = timer()
-    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1, output_loop_states=False)
+    model(ids[:, :prompt], cache=cache, logits_to_keep=1, output_loop_states=False)
     after_prefill = timer()
     for t in range(prompt, ids.shape[1]):
-        model(ids[:, t : t + 1], past_key_values=cache, one_pass=one_pass, output_loop_states=False)
+        model(ids[:, t : t + 1], cache=cache, one_pass=one_pass, output_loop_states=False)
     return after_prefill - start, (timer() - after_prefill) / (ids.shape[1] - prompt)
 
 
 @torch.no_grad()
 def cache_bytes_of(model: PLTForCausalLM, length: int) -> CacheBytes:
-    """Return the bytes of a cache, measured on texts of `length` tokens and of half of them."""
+    """Measure the bytes of a cache, on texts of `length` tokens and of half as many."""
     held = []
     for tokens in (length // 2, length):
         cache = make_cache(model.config)
-        model(torch.full((1, tokens), 3, device=model.device), past_key_values=cache, output_loop_states=False)
+        model(torch.full((1, tokens), 3, device=model.device), cache=cache, output_loop_states=False)
         held.append(cache_bytes(cache))
     grown = held[1]["full"] - held[0]["full"]
     return CacheBytes(per_token=grown / (length - length // 2), fixed=held[1]["window"] + held[1]["carry"])
 
 
 def peak_training_bytes(model: PLTForCausalLM, batch_size: int, length: int) -> int:
-    """Return the most bytes of tensors alive at once in a forward and backward pass, weights and gradients included.
+    """Measure the peak bytes of live tensors in a forward and backward pass, weights and gradients included.
 
-    On a GPU the allocator's own peak, else the storages alive between operations.
+    On a GPU this is the allocator's own peak, otherwise the storages alive between operations.
     """
     model.train()
     batch = torch.full((batch_size, length), 3, device=model.device)

@@ -1,4 +1,4 @@
-"""The report of a study: one page, its figures, and a README that says how to go on."""
+"""The report of a study: one page, its figures, and a README with the next commands."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,14 @@ from .results import StudyResult
 
 
 def write_report(result: StudyResult, folder: str | Path | OutputFolder) -> Path:
-    """Write results.json, report.html, the figures as PNG, and README.md. Returns the path of the page.
+    """Write results.json, report.html, the figures as PNG, and README.md. Return the path of report.html.
 
     Args:
-        folder: the study's, with its runs.
+        result: the study's result.
+        folder: the study's folder, with its runs.
 
     Raises:
-        OutputError: the folder holds something else than a study, or cannot be written.
+        OutputError: the folder holds something other than a study, or cannot be written.
     """
     with claimed(folder, STUDY) as out:
         diagnoses = [
@@ -34,7 +35,7 @@ def write_report(result: StudyResult, folder: str | Path | OutputFolder) -> Path
             "cost": ("Cost against the loop count", cost_against_loops(result)),
         }
         if result.rows[0].answers:
-            title = f"Answers that are right, by {result.group_unit}"
+            title = f"Right answers, by {result.group_unit}"
             figures = {"answers": (title, answers_by_group(result))} | figures
         out.write(result.FILE, result.to_json())
         page = render(
@@ -57,7 +58,7 @@ def write_report(result: StudyResult, folder: str | Path | OutputFolder) -> Path
 
 
 def _prompt(result: StudyResult) -> str:
-    """Return what a model of the study can be asked to go on from."""
+    """Return a prompt for a model of the study."""
     if not result.rows[0].answers:
         return "def "
     task = task_of(result.recipe["source"])

@@ -1,4 +1,4 @@
-"""What a study returns, and how it is shown on a terminal."""
+"""The result of a study, and its tables on a terminal."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from .task import Answers, solved_up_to
 
 @dataclass
 class CacheBytes:
-    """Bytes of a cache: those of every token, and those that do not grow with the text (windows and carries)."""
+    """Bytes of a cache: per token, and fixed ones, which do not grow with the text (windows and carries)."""
 
     per_token: float
     fixed: float
@@ -21,15 +21,15 @@ class CacheBytes:
 
 @dataclass
 class Costs:
-    """What an arm's model costs to run.
+    """Costs of running an arm's model.
 
     Attributes:
-        prompt_tokens: of the text whose prefill is timed.
-        prefill_ms: of the prompt, batch 1.
-        decode_ms: per token after the prompt, all loops in one pass.
-        decode_pass_per_loop_ms: the same with a pass over the weights per loop.
-        cache_bytes: of one sequence.
-        peak_training_bytes: most bytes of tensors alive in a training step, weights and gradients included.
+        prompt_tokens: tokens of the prompt whose prefill is timed.
+        prefill_ms: milliseconds of its prefill, batch size 1.
+        decode_ms: milliseconds per token after the prompt, all loops in one pass.
+        decode_pass_per_loop_ms: the same with one pass over the weights per loop.
+        cache_bytes: bytes of one sequence's cache.
+        peak_training_bytes: peak bytes of live tensors in a training step, weights and gradients included.
     """
 
     prompt_tokens: int
@@ -45,21 +45,24 @@ class Row:
     """One arm: its losses over all seeds, and its costs.
 
     Attributes:
-        arm: what its models have that others have not.
-        parameters: of one model.
-        bits_per_byte: held-out loss after the last loop; of a task, bits per answer of the trained lengths, worked steps counted too.
-        difference_to_base: its loss minus the base's on the same documents and seeds; likewise to the best's.
+        arm: the settings in which its models differ from the others.
+        parameters: number of parameters of one model.
+        bits_per_byte: held-out loss after the last loop; for a task, bits per answer in the trained groups, worked steps included.
+        difference_to_base: its loss minus the base's on the same documents and seeds.
+        difference_to_best: likewise, minus the best arm's.
         bits_per_byte_after_loop: loss of every loop's state through the head, [R].
-        loss_nats_per_token: the loss in another unit.
+        loss_nats_per_token: held-out loss in nats per token.
         next_token_accuracy: share of tokens that the last loop ranks first.
-        training_tokens, training_flops, training_seconds: of one run; seconds are a mean over seeds.
+        training_tokens: tokens of one run.
+        training_flops: FLOPs of one run.
+        training_seconds: seconds of one run, mean over seeds.
         training_tokens_per_second: median over seeds.
-        costs: of the first seed's model.
-        runs: names of the runs' folders, one for each seed.
-        loss_curves: of each run, pairs of step and training loss in nats per token.
-        validation_curves: of each run, pairs of step and validation loss in nats per token.
+        costs: costs of the first seed's model.
+        runs: names of the runs' folders, one per seed.
+        loss_curves: for each run, pairs of step and training loss in nats per token.
+        validation_curves: for each run, pairs of step and validation loss in nats per token.
         diagnosis: path of the first seed's diagnosis in the study's folder.
-        answers: of a task, how many are right, group by group; empty for text.
+        answers: for a task, outcomes group by group; empty for text.
     """
 
     arm: Arm
@@ -83,12 +86,13 @@ class Row:
 
     @property
     def training_flops_per_token(self) -> float:
+        """FLOPs per training token."""
         return self.training_flops / self.training_tokens
 
 
 @dataclass
 class Verdict:
-    """Which arm to take: in one line, and why."""
+    """Recommendation of an arm: one line, and the evidence for it."""
 
     headline: str
     evidence: str
@@ -102,20 +106,21 @@ class StudyResult(Result):
     """Models trained under one protocol, side by side.
 
     Attributes:
-        rows: one for each arm, from the cheapest to the dearest.
+        rows: one per arm, from the cheapest to the dearest.
         base: name of the arm that the others are compared with, the cheapest.
-        best: name of the arm of the lowest loss.
+        best: name of the arm with the lowest loss.
         chosen: name of the recommended arm.
         verdict: the recommendation.
-        rule: how it is found.
+        rule: the rule that it follows.
         match: tokens or compute.
-        seeds: trainings of each arm.
-        documents, document_bytes: held-out text that the losses are of; of a task instances, and what is asked for.
+        seeds: trainings per arm.
+        documents: number of held-out documents; for a task, of instances.
+        document_bytes: bytes of these documents; for a task, number of predicted tokens.
         recipe: the protocol; its loops, tokens and seed are the study's.
-        corpus: where the text comes from, and how much there is.
+        corpus: source and size of the text.
         command: the command that made it.
         environment: machine and versions.
-        folder: where the runs and the report are.
+        folder: folder of the runs and the report.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -138,26 +143,31 @@ class StudyResult(Result):
 
     @property
     def unit(self) -> str:
-        """Of the losses."""
+        """Unit of the losses."""
         return "bits per answer" if self.rows[0].answers else "bits per byte"
 
     @property
     def group_unit(self) -> str:
-        """What a task's groups are numbers of: length, hops or level."""
+        """Unit of a task's groups: length, hops or level."""
         return str(self.corpus.get("unit", ""))
 
     def row(self, name: str) -> Row:
-        """Return the row of an arm. Raises KeyError: there is none of that name."""
+        """Return the row of the arm with this name.
+
+        Raises:
+            KeyError: there is none.
+        """
         return {row.arm.name: row for row in self.rows}[name]
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the result: tables and the verdict."""
         from rich.text import Text
 
         verdict = Text.assemble("\n", (self.verdict.headline, "bold"), f" {self.verdict.evidence}\n")
         return [self._gives(), *([self._answers()] if self.rows[0].answers else []), self._costs(), verdict]
 
     def _table(self, title: str, further: dict[str, list[str]]) -> Any:
-        """Return a table: what tells the arms apart, then the given columns. The chosen arm is bold."""
+        """Return a table of columns that distinguish the arms, and of the given ones. The chosen arm is bold."""
         from rich.table import Table
         from rich.text import Text
 

@@ -1,7 +1,8 @@
-"""The runs of a study: an arm and a seed each, in a folder of its own, trained, evaluated and looked at."""
+"""The runs of a study: one per arm and seed, each in its own folder, trained, evaluated and diagnosed."""
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ from ..train.result import TrainingResult
 from ..train.task_accuracy import TaskAccuracy, task_accuracy
 from ..train.training import train
 from .arms import Arm
+from .jobs import side_by_side
 from .task import TaskCorpus
 
 INSTANCES = 256  # held-out questions of every group of a task
-LENS_SAMPLES = 32  # for the report's chapter on what each loop adds; parloop diagnose takes more
+LENS_SAMPLES = 32  # for the report's section on what each loop adds; parloop diagnose takes more
 
 
 @dataclass
@@ -35,12 +37,14 @@ class Run:
     """One training.
 
     Attributes:
-        arm, seed: whose it is.
-        recipe: the protocol for them.
-        flops: of the whole training.
-        first: whether it is the arm's first seed, which is timed and looked at through the lenses.
-        training: what `train` returned, and evaluation: its losses; both are there once `train_all` is through.
-        answers: to the held-out questions of a task, likewise.
+        arm: its arm.
+        seed: its seed.
+        recipe: the protocol for this arm and seed.
+        flops: FLOPs of the whole training.
+        first: whether this is the arm's first seed, whose model is timed and diagnosed.
+        training: the result of `train`, set by `train_all`.
+        evaluation: held-out losses, set by `train_all`.
+        answers: outcomes on held-out questions of a task, set by `train_all`.
     """
 
     arm: Arm
@@ -54,15 +58,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's folder in the study's."""
+        """Name of the run's folder in the study's folder."""
         return f"{self.arm.name}-seed{self.seed}"
 
 
 def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: int, match: str) -> list[Run]:
-    """Return the runs in order, seed by seed, and of a seed from the cheapest arm to the dearest.
+    """Return the runs in order: seed by seed, and within a seed from the cheapest arm to the most expensive.
 
     Raises:
-        RecipeError: all arms have the same compute already, and one is its control.
+        RecipeError: match is compute, so all arms have the same compute already, and one of them is the control compute.
     """
     if match == "compute" and any(arm.compute_of for arm in arms):
         raise RecipeError(
@@ -77,7 +81,7 @@ def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: in
     runs = []
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in sorted(arms, key=lambda arm: cost[arm]):
-            compute = cost[arm] if match == "tokens" else mean  # FLOPs of as many tokens as the recipe says
+            compute = cost[arm] if match == "tokens" else mean  # FLOPs per token, for the recipe's number of tokens
             if arm.compute_of:
                 own = recipes[arm]
                 compute = training_flops_per_token(own.plt_config(corpus.tokenizer), own.length, arm.compute_of)
@@ -89,35 +93,77 @@ def plan(recipe: Recipe, corpus: Corpus | TaskCorpus, arms: list[Arm], seeds: in
 
 
 def train_all(
-    runs: list[Run], output: Path, corpus: Corpus | TaskCorpus, document_chars: int, console: Console, fresh: bool
+    runs: list[Run],
+    output: Path,
+    corpus: Corpus | TaskCorpus,
+    document_chars: int,
+    console: Console,
+    fresh: bool,
+    jobs: int = 1,
 ) -> None:
-    """Train, evaluate and diagnose every run in a folder of its own. What is there already is kept."""
+    """Train, evaluate and diagnose every run in its own folder. Finished runs are kept.
+
+    Args:
+        jobs: number of concurrent runs.
+    """
+    work = partial(finish, output=output, corpus=corpus, document_chars=document_chars, fresh=fresh)
     with progress_bars(console) as progress:
-        whole = progress.add_task("study", total=sum(run.flops for run in runs), loss="")
-        for number, run in enumerate(runs, 1):
-            label = f"run {number} of {len(runs)}: {run.arm.label}" + ("" if runs[-1].first else f", seed {run.seed}")
-            task = progress.add_task(label, total=run.recipe.steps, loss="")
-            on_step = partial(_show, progress, task, whole, progress.tasks[whole].completed, run)
-            prepared = corpus if isinstance(corpus, Corpus) else None
-            run.training = train(
-                run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh
-            )
-            on_step(run.recipe.steps, run.training.loss_curve[-1][1])
-            look_at(run, output / run.name, corpus, document_chars, console)
+        bars = Bars(progress, runs)
+        if jobs > 1:
+            finished = side_by_side(work, runs, jobs, bars.show, console)
+            for run, other in zip(runs, finished):
+                vars(run).update(vars(other))
+        else:
+            for number, run in enumerate(runs):
+                work(run, console=console, on_step=partial(bars.show, number))
 
 
-def _show(progress: Progress, task: TaskID, whole: TaskID, before: float, run: Run, step: int, loss: float) -> None:
-    """Move the bars of a run and of the study, which stood at `before` when the run began."""
-    progress.update(task, completed=step)
-    progress.update(whole, completed=before + step * run.flops / run.recipe.steps)
-    if loss == loss:
-        progress.update(task, loss=f"loss {loss:.3f}")
+def finish(
+    run: Run,
+    output: Path,
+    corpus: Corpus | TaskCorpus,
+    document_chars: int,
+    fresh: bool,
+    console: Console,
+    on_step: Callable[[int, float], None],
+) -> Run:
+    """Train and evaluate a run, diagnose it if it is the first of its arm, and return it with the results."""
+    on_step(0, float("nan"))
+    prepared = corpus if isinstance(corpus, Corpus) else None
+    run.training = train(run.recipe, output / run.name, corpus=prepared, console=console, on_step=on_step, fresh=fresh)
+    on_step(run.recipe.steps, run.training.loss_curve[-1][1])
+    look_at(run, output / run.name, corpus, document_chars, console)
+    return run
+
+
+class Bars:
+    """A progress bar for the study, and one for every run that has begun."""
+
+    def __init__(self, progress: Progress, runs: list[Run]):
+        self.progress, self.runs = progress, runs
+        self.whole = progress.add_task("study", total=sum(run.flops for run in runs), loss="")
+        self.tasks: dict[int, TaskID] = {}
+        self.steps = [0] * len(runs)
+
+    def show(self, number: int, step: int, loss: float) -> None:
+        """Update the bars: run `number` is at this step. An unknown loss is NaN."""
+        run = self.runs[number]
+        if number not in self.tasks:
+            seed = "" if self.runs[-1].first else f", seed {run.seed}"
+            label = f"run {number + 1} of {len(self.runs)}: {run.arm.label}{seed}"
+            self.tasks[number] = self.progress.add_task(label, total=run.recipe.steps, loss="")
+        self.steps[number] = step
+        done = sum(own.flops * steps / own.recipe.steps for own, steps in zip(self.runs, self.steps))
+        self.progress.update(self.whole, completed=done)
+        self.progress.update(self.tasks[number], completed=step)
+        if loss == loss:
+            self.progress.update(self.tasks[number], loss=f"loss {loss:.3f}")
 
 
 def look_at(run: Run, folder: Path, corpus: Corpus | TaskCorpus, document_chars: int, console: Console) -> None:
-    """Evaluate a trained run on every validation document, or on held-out questions of a task, and diagnose it if it is the arm's first.
+    """Evaluate a trained run on every validation document, or on held-out questions of a task; diagnose the arm's first run.
 
-    The checkpoint is loaded once, and not at all if the folder holds both; the corpus has the documents, so its source is not read.
+    The checkpoint is loaded once, and not at all if the folder holds both results. Documents come from the corpus, not from its source.
     """
     kept = document_chars if isinstance(corpus, Corpus) else INSTANCES
     losses, diagnosis = folder / f"evaluation-{kept}.npz", folder / CheckpointDiagnosis.FILE

@@ -1,4 +1,4 @@
-"""From the runs of a study to its result: intervals, differences, and which arm to take."""
+"""From the runs of a study to its result: intervals, differences and the recommended arm."""
 
 import dataclasses
 from pathlib import Path
@@ -26,11 +26,16 @@ def summarize(
     command: str,
     folder: Path,
 ) -> StudyResult:
-    """Return everything that the report shows.
+    """Return the study's result.
 
     Args:
-        runs: trained and evaluated, of all arms and seeds.
-        costs: of every arm, from the cheapest to the dearest.
+        recipe: the protocol.
+        corpus: the corpus or task that the runs were trained on.
+        runs: trained and evaluated runs of all arms and seeds.
+        costs: costs of every arm, from the cheapest to the dearest.
+        match: tokens or compute.
+        command: the command that the report names.
+        folder: the study's folder.
     """
     arms = list(costs)
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in arms}
@@ -92,10 +97,16 @@ def summarize(
 
 
 def verdict(rows: list[Row], base: Row, best: Row, chosen: Row, match: str, seeds: int, task_unit: str = "") -> Verdict:
-    """Return the choice, its evidence and its limits, in plain sentences.
+    """Return the recommendation, its evidence and its limits, in plain sentences.
 
     Args:
-        task_unit: what groups of a task are numbers of.
+        rows: all arms.
+        base: the arm that the others are compared with.
+        best: the arm with the lowest loss.
+        chosen: the recommended arm.
+        match: tokens or compute.
+        seeds: trainings per arm.
+        task_unit: unit of a task's groups.
     """
     name, loss = chosen.arm.label, chosen.bits_per_byte.value
     unit = "bits per answer" if chosen.answers else "bits per byte"
@@ -143,16 +154,16 @@ def verdict(rows: list[Row], base: Row, best: Row, chosen: Row, match: str, seed
 
 
 def _of_task(rows: list[Row], unit: str) -> str:
-    """Say what is solved at which loop count."""
+    """State up to which group every loop count solves the task."""
     solved = [(row.arm.label, solved_up_to(row.answers)) for row in rows if not row.arm.is_control]
     if not any(group for _, group in solved):
         return f"No loop count has {SOLVED:.0%} of even the easiest answers right: train longer before one is chosen. "
-    told = "; ".join(f"{label}: " + ("nothing" if group is None else f"up to {unit} {group}") for label, group in solved)
-    return f"At least {SOLVED:.0%} of the answers are right with {told}. "
+    reached = "; ".join(f"{label}: " + ("nothing" if group is None else f"up to {unit} {group}") for label, group in solved)
+    return f"At least {SOLVED:.0%} of the answers are right with {reached}. "
 
 
 def _of_controls(rows: list[Row], unit: str) -> str:
-    """Say how many layers loops are worth, and whether training longer does as well."""
+    """State how many layers the loops are worth, and whether training longer does as well."""
     by_arm, text = {row.arm: row for row in rows}, ""
     for row in rows:
         if row.arm.is_control or row.arm.loops == 1:

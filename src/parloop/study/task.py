@@ -1,4 +1,4 @@
-"""What a study of a task has instead of a corpus, and what its report says of the answers."""
+"""A task in the place of a study's corpus, and the answers in its report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,14 @@ SOLVED = 0.9  # share of a group's answers that are right
 
 @dataclass
 class TaskCorpus:
-    """A task, and the tokenizer that it is spelled with. Documents are made on the fly."""
+    """A task and its tokenizer. Documents are generated on the fly."""
 
     task: Task
     tokenizer: Any
 
     @classmethod
     def of(cls, recipe: Recipe) -> "TaskCorpus":
+        """Return the task that a recipe trains on, with the recipe's tokenizer or its own."""
         task = task_of(recipe.source)
         tokenizer = task.tokenizer()
         if recipe.tokenizer is not None:
@@ -33,9 +34,11 @@ class TaskCorpus:
 
     @property
     def summary(self) -> dict[str, Any]:
+        """Source, unit of the groups, and size of the tokenizer."""
         return {"source": self.task.source, "unit": self.task.unit, "tokenizer": len(self.tokenizer)}
 
     def print_summary(self, console: Console) -> None:
+        """Print the task and its groups."""
         groups = ", ".join(map(str, self.task.groups))
         console.print(
             f"{self.task.source}: documents are made on the fly; held-out answers by {self.task.unit}: {groups}",
@@ -49,11 +52,11 @@ class Answers:
 
     Attributes:
         group: a length, a number of look-ups, or a level.
-        chance: share that is right if the most frequent answer is always given.
+        chance: accuracy of always giving the most frequent answer.
         correct: share of answers that are right.
-        exact: share of instances all of whose answers in the group are right.
-        nll: nats per answer; after the true worked steps where these are written.
-        written: tokens that are written before an answer ends; 0 where answers are only said.
+        exact: share of instances whose answers in the group are all right.
+        nll: nats per answer; after the true worked steps where the task has them.
+        written: tokens that the model writes before it ends; 0 where it only gives answers.
     """
 
     group: int
@@ -65,11 +68,12 @@ class Answers:
 
     @property
     def is_solved(self) -> bool:
+        """Whether at least 90% of the answers are right."""
         return self.correct.value >= SOLVED
 
 
 def answers_of(runs: list[TaskAccuracy]) -> list[Answers]:
-    """Put together the outcomes of an arm's seeds, with intervals over instances and, if there are several, seeds."""
+    """Pool the outcomes of an arm's seeds, with intervals over instances and, if there are several, seeds."""
     weights = resample_weights(len(runs[0].correct), len(runs), np.random.default_rng(0))
 
     def over_all(name: str, column: int) -> Interval:
@@ -89,7 +93,7 @@ def answers_of(runs: list[TaskAccuracy]) -> list[Answers]:
 
 
 def solved_up_to(answers: list[Answers]) -> int | None:
-    """Return the hardest group that is solved with all easier ones; None if the easiest is not."""
+    """Return the hardest group that is solved together with all easier ones; None if the easiest is not."""
     solved = None
     for group in answers:
         if not group.is_solved:

@@ -10,7 +10,7 @@ __all__ = ["ChatRecipe", "Recipe", "TrainingResult", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what trains, which takes seconds, when it is first asked for."""
+    """Import `train` and its result on first use: their imports take seconds."""
     if name == "train":
         from .training import train
 

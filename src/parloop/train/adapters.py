@@ -1,4 +1,4 @@
-"""LoRA adapters. One is on the shared weights, so it acts in every loop."""
+"""LoRA adapters. They change shared weights, so an adapter acts in every loop."""
 
 import contextlib
 import warnings
@@ -14,10 +14,15 @@ from ..model.modeling import PLTForCausalLM
 from .checkpoint import load_weights
 from .recipe import ChatRecipe
 
-ADAPTER = "adapter"  # their folder in the run's
+ADAPTER = "adapter"  # subfolder of the run's folder
 
 
 def lora_config(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
+    """Return peft's LoraConfig for a recipe and the model that it adapts.
+
+    Raises:
+        RecipeError: lora_targets names a layer that the model does not have.
+    """
     from peft import LoraConfig
 
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -28,7 +33,7 @@ def lora_config(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
         )
     return LoraConfig(
         r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # a float does
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # floats work too
         lora_dropout=recipe.lora_dropout,
         target_modules=list(recipe.lora_targets),
         task_type="CAUSAL_LM",
@@ -36,13 +41,16 @@ def lora_config(recipe: ChatRecipe, model: PLTForCausalLM) -> Any:
 
 
 def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] | None) -> None:
-    """Write the base with an adapter merged into its weights.
+    """Write the base model with an adapter merged into its weights.
 
     Args:
-        trained_loops: the loop counts that the adapter was trained at, if they are several.
+        base: folder or Hub name of the model that the adapter was trained on.
+        adapter: folder of the adapter.
+        out: folder to write the merged model into.
+        trained_loops: the loop counts that the adapter was trained at, if there are several.
 
     Raises:
-        CheckpointError: the adapter is not whole, or is another base's.
+        CheckpointError: the adapter is incomplete, or belongs to another base.
     """
     from peft import PeftModel
 
@@ -50,13 +58,13 @@ def merge_adapter(base: str, adapter: Path, out: Path, trained_loops: list[int] 
     model.config.plt_trained_loops = trained_loops
     with quiet():
         adapted: Any = PeftModel.from_pretrained(model, adapter)
-        load_weights(adapted, adapter)  # raises: some are missing; peft would warn only
+        load_weights(adapted, adapter)  # raises if some are missing; peft would only warn
         adapted.merge_and_unload().save_pretrained(out)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what is said of things that are as they should be: other loop counts in training, and what peft asks transformers."""
+    """Silence two warnings that are expected here: other loop counts in training, and a deprecated call from peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="num_loops=")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -17,10 +17,11 @@ from .sharding import empty_model, fill
 
 
 def build_model(recipe: Recipe, tokenizer: Any = None, state: PartialState | None = None) -> PLTForCausalLM:
-    """A model to train: new, or the checkpoint that the recipe goes on from. On several processes, sharded.
+    """Return a model to train: new, or loaded from the checkpoint that the recipe continues. On several processes it is
+    sharded.
 
     Raises:
-        RecipeError: the checkpoint has another loop count than the recipe.
+        RecipeError: the checkpoint's loop count, vocabulary or longest text does not fit the recipe.
         CheckpointError: it cannot be read.
     """
     config = recipe.plt_config(tokenizer) if recipe.init_from is None else _config_to_go_on_from(recipe, tokenizer)
@@ -58,17 +59,17 @@ INTO_THE_STREAM = ("o_proj.weight", "down_proj.weight")
 
 
 def branch_scale(recipe: Recipe) -> float:
-    """Return the factor by which a recipe starts and trains the projections into the residual stream: 1, or R^(-1/2).
+    """Return the factor on the initial values and learning rate of projections into the residual stream: 1, or R^(-1/2).
 
     Adam moves a weight by the learning rate, whatever its gradient. A shared weight is added to the stream by R visits, so one step moves
-    the stream R times as far. It is what a factor of R^(-1/2) at every branch does (as depth-muP has it for layers, arXiv 2310.02244),
-    without one in the model.
+    the stream R times as far. The effect equals a factor of R^(-1/2) at every branch (depth-muP does this for layers, arXiv 2310.02244),
+    without such a factor in the model.
     """
     return max(recipe.loop_counts) ** -0.5 if recipe.branch_scaling == "loops" else 1.0
 
 
 def initial_weights(model: PLTForCausalLM, seed: int, branch_scale: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and value of every weight of a new model.
+    """Yield the name and the float32 value of every weight of a new model.
 
     Normal weights of standard deviation `initializer_range`; the projections into the residual stream smaller by
     (2 * L * R)^(-1/2), since the stream receives two of them per visit of a layer and there are L * R visits; norms one, gates

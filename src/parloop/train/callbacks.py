@@ -18,18 +18,22 @@ from .sharding import main_process
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Time in training steps, without validation and saving, summed over interruptions: Trainer keeps `state()` in each
-    checkpoint's trainer_state.json, so that time and weights are always those of the same step."""
+    """Measures seconds in training steps, without validation and saving, summed over interruptions.
+
+    Trainer keeps `state()` in each checkpoint's trainer_state.json, so that time and weights always belong to the same step.
+    """
 
     def __init__(self, checkpoint: Path | None):
         state = {} if checkpoint is None else json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         before = state.get("stateful_callbacks", {}).get("Clock", {}).get("attributes", {})
         self.seconds: float = before.get("seconds", 0.0)
-        self.median: float = before.get("median", 0.0)  # of this process's steps, or of the last one's if it made none
+        self.median: float = before.get(
+            "median", 0.0
+        )  # seconds; until this process has made a step, the value of the process before it
         self.steps: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.stateful_callbacks.setdefault("Clock", {})  # Trainer updates it, but a checkpoint may come without
+        state.stateful_callbacks.setdefault("Clock", {})  # Trainer updates this entry, but a checkpoint may lack it
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -42,11 +46,12 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"seconds": self.seconds, "median": self.step_seconds()}}
 
     def step_seconds(self) -> float:
+        """Return the median seconds of a step."""
         return float(np.median(self.steps)) if self.steps else self.median
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Deletes a run's older checkpoints. (Trainer's own limit counts and deletes all that is called checkpoint-SOMETHING.)"""
+    """Deletes a run's older checkpoints. (Trainer's own limit counts and deletes every folder named checkpoint-SOMETHING.)"""
 
     def __init__(self, number: int):
         self.number = number
@@ -58,7 +63,7 @@ class KeepCheckpoints(TrainerCallback):
 
 
 class HiddenScaleWarmup(TrainerCallback):
-    """c grows from 0 to its value, linearly over the first steps."""
+    """Raises c linearly from 0 to its value over the first steps."""
 
     def __init__(self, config: Any, steps: int):
         self.config, self.steps, self.final = config, steps, config.plt_hidden_scale
@@ -71,7 +76,7 @@ class HiddenScaleWarmup(TrainerCallback):
 
 
 class StepCallback(TrainerCallback):
-    """Calls a function with every step's number and, where it is logged, the loss."""
+    """Calls a function with every step's number and its loss, NaN where the loss is not logged."""
 
     def __init__(self, on_step: Callable[[int, float], None]):
         self.on_step = on_step
@@ -88,7 +93,7 @@ class StepCallback(TrainerCallback):
 
 
 class BarCallback(TrainerCallback):
-    """A progress bar with the loss and the time left."""
+    """Shows a progress bar with the loss and the time left."""
 
     def __init__(self, progress: Progress, label: str, steps: int):
         self.progress = progress

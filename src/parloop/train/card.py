@@ -1,4 +1,4 @@
-"""The model card of a run: what it was trained on, how, and to which losses."""
+"""The model card of a run: its data, its settings and its losses."""
 
 from typing import Any
 
@@ -16,12 +16,15 @@ def card_of_run(
     validation: list[list[float]],
     parameters: int = 0,
 ) -> str:
-    """Return the card of a model that a recipe trained.
+    """Return the model card, in Markdown, of a model that a recipe trained.
 
     Args:
-        name: of the model.
-        recipe: None: not known any more.
-        losses: pairs of step and training loss, in nats per token; validation: likewise, of held-out text.
+        name: name of the model.
+        recipe: the recipe, or None if it is no longer known.
+        config: configuration of the model.
+        losses: pairs of step and training loss, in nats per token.
+        validation: pairs of step and loss on held-out text, in nats per token.
+        parameters: number of parameters; 0: not known.
     """
     sections: dict[str, str] = {}
     base: str | None = None
@@ -64,5 +67,5 @@ def _loss_table(losses: list[list[float]], validation: list[list[float]]) -> str
     rows = [
         [f"{step:,}", *(f"{curve[step]:.4f}" if step in curve else "" for curve in (trained, held_out))] for step in kept
     ]
-    note = "In nats per token of the last loop. Training losses are means over the steps since the one before; held-out losses are of a small part."
+    note = "In nats per token of the last loop. Training losses are means over the steps since the row before; held-out losses are over a small part."
     return f"{table(['step', 'training', 'held out'], rows)}\n\n{note}"

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: the same files whatever the number of processes, so that another number can go on from them.
+"""Checkpoints of a run. Any number of processes can resume from one, whatever number wrote it.
 
-    checkpoint-N/model.safetensors          of one process; of several, each writes the shards that it holds, shard-*.safetensors
-                 optimizer/                 torch.distributed.checkpoint, each process its part
+    checkpoint-N/model.safetensors          written by one process; several write one shard each, shard-*.safetensors
+                 optimizer/                 torch.distributed.checkpoint; each process writes its part
                  scheduler.pt, rng_state*   transformers' own
-                 stream-*.json              where in the data each stream of a mixture is
+                 stream-*.json              the cursor of each stream of a mixture
                  config.json, tokenizer
-                 trainer_state.json         written last: the checkpoint is whole
+                 trainer_state.json         written last: marks the checkpoint as complete
 
-Weights are safetensors. The optimizer's files are torch's own format and are meant for the run that wrote them; read no others.
+Weights are safetensors. The optimizer's files are in torch's own format, for the run that wrote them: do not load files of others.
 """
 
 import json
@@ -39,19 +39,19 @@ from ..model.configuration import GATE, GATE_ALIASES
 from .sharding import is_sharded, main_process
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer", "scheduler.pt"
-# Not missed: the gates of a looped checkpoint that goes on with one loop, and what old Llama files keep though it is computed.
+# Not loaded: the gates of a looped checkpoint that continues with one loop, and rotary buffers in old Llama files.
 UNUSED = re.compile(rf"\.self_attn\.({'|'.join((GATE, *GATE_ALIASES))})\.|\.rotary_emb\.inv_freq$")
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names of parameters, as transformers saves it
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # keyed by parameter names, as transformers saves it
 
 
 def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
-    with warnings.catch_warnings():  # torch tells a single process that it is one
+    with warnings.catch_warnings():  # torch warns a single process that it is alone
         warnings.filterwarnings("ignore", message=".*process group is not initialized.*|.*single process.*")
         function(*arguments, **options)
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Weights and configuration; of a model with adapters, the adapters. Every process must call it."""
+    """Write weights and configuration, or only the adapters of a model that has adapters. Every process must call it."""
     if _has_adapter(model):
         model.save_pretrained(folder, is_main_process=main_process())
     elif is_sharded(model):
@@ -65,13 +65,14 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """The whole model as any tool loads it. Every process must call it; the first one writes, and holds all weights in memory."""
+    """Write the whole model in the format that any tool loads. Every process must call it; the first one holds all weights
+    in memory and writes."""
     if not is_sharded(model):
         model.save_pretrained(folder)
         return
     state = {name: tensor for name, tensor in gather_full_state_dict(model).items() if name not in _tied(model)}
     for name, tensor in state.items():
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view: sizes that do not divide were padded
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view: FSDP2 padded a size that does not divide
             state[name] = tensor.clone()
     if main_process():
         save_torch_state_dict(state, folder, max_shard_size="50GB")
@@ -80,11 +81,11 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Read weights into a model, sharded or not, from safetensors of any number of files or processes. In place; dtypes are the
-    model's.
+    """Read weights into a model in place, sharded or not, from safetensors of any number of files or processes. The model
+    keeps its dtypes.
 
     Raises:
-        CheckpointError: the files lack a weight, hold others than the model's, or cannot be read.
+        CheckpointError: the files lack a weight, hold a weight that the model does not have or of another shape, or cannot be read.
     """
     if _has_adapter(model):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -94,10 +95,10 @@ def load_weights(model: Any, folder: Path) -> None:
             {(name, tuple(tensor.shape)) for name, tensor in state.items() if ".lora_" in name}
             for state in (given, get_peft_model_state_dict(model, save_embedding_layers=False))
         )
-        if held != asked:  # peft would leave those that are missing as they begin
+        if held != asked:  # peft would leave missing ones at their initial values
             name, shape = min(held ^ asked)
             raise CheckpointError(
-                f"checkpoint {str(folder)!r}: its adapters are not the run's: see {name}, of shape {shape}."
+                f"checkpoint {str(folder)!r}: its adapters do not match the run's: see {name}, of shape {shape}."
             )
         set_peft_model_state_dict(model, given)
         return
@@ -111,7 +112,7 @@ def load_weights(model: Any, folder: Path) -> None:
         names = [name, *(name.replace(f".{GATE}.", f".{alias}.") for alias in GATE_ALIASES)]
         found = next((candidate for candidate in names if candidate in there), None)
         if found is None:
-            raise CheckpointError(f"checkpoint {str(folder)!r} has no weight {name}: it is of another model.")
+            raise CheckpointError(f"checkpoint {str(folder)!r} has no weight {name}: it belongs to another model.")
         shape = tuple(there[found].size)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
@@ -124,10 +125,10 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def load_base(model: Any, folder: Path) -> None:
-    """Weights and generation settings of the checkpoint that a run goes on from.
+    """Read the weights and generation settings of the checkpoint that a run starts from.
 
     Raises:
-        CheckpointError: as load_weights; also if the head is to be tied to the embedding, and the files hold another one.
+        CheckpointError: as load_weights; also if the head should be tied to the embedding, but the files hold a different head.
     """
     load_weights(model, folder)
     for head, embedding in _tied(model).items():
@@ -138,7 +139,7 @@ def load_base(model: Any, folder: Path) -> None:
 
 
 def _alike(folder: Path, *names: str) -> bool:
-    """Whether those of these weights that are there have the same values."""
+    """Return whether all of these weights that the files hold have the same values."""
     found = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -151,25 +152,25 @@ def _has_adapter(model: Any) -> bool:
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """Names to tensors, a tied matrix once."""
+    """Return the weights by name, a tied matrix only once."""
     state: dict[str, Any] = get_model_state_dict(model)
     return {name: tensor for name, tensor in state.items() if name not in _tied(model)}
 
 
 def _tied(model: Any) -> dict[str, str]:
-    """Names of weights that are another one, and of which."""
+    """Return the tied weights: name -> name of the weight that it shares."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def save_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Write the states of optimiser and schedule. Every process must call it."""
+    """Write the states of the optimizer and of the schedule. Every process must call it."""
     _quiet(save_optimizer_distributed, model, optimizer, str(folder / OPTIMIZER))
     if main_process():
         torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
 
 def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
-    """Read the states of optimiser and schedule into them. Every process must call it."""
+    """Read the states of the optimizer and of the schedule into these two objects. Every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     there = FileSystemReader(folder / OPTIMIZER).read_metadata().state_dict_metadata
     saved = {name: value for name, value in state.items() if f"optimizer.{name}" in there}
@@ -177,23 +178,25 @@ def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any,
     set_optimizer_state_dict(model, optimizer, state | saved, options=FLAT)
     for name, parameter in model.named_parameters():
         if f"state.{name}.step" in state and f"state.{name}.step" not in saved:
-            optimizer.state.pop(parameter)  # gates before the first step with more than one loop have no state yet
+            optimizer.state.pop(parameter)  # gates have no state before the first step with more than one loop
     scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint folder's name, checkpoint-N."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints_of(output: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the newest first. (A folder checkpoint-best is somebody else's.)"""
+    """Return a run's checkpoint folders, complete or not, newest first. (A folder checkpoint-best may be somebody
+    else's.)"""
     folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end. (Processes that are killed while they save leave half of
-    one, which is deleted here.) Call it from one process."""
+    """Return the newest complete checkpoint of a run, and delete newer, incomplete ones, which processes leave that are
+    killed while saving. Call it from one process."""
     for folder in checkpoints_of(output):
         try:
             json.loads((folder / STATE).read_text(encoding="utf-8"))

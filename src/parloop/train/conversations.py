@@ -21,15 +21,15 @@ from ..record import write_json
 from .recipe import ChatRecipe
 from .run import TRAINED_ON
 
-ROWS, SUMMARY = "conversations", "summary.json"  # what was made of the conversations, in the run's folder
+ROWS, SUMMARY = "conversations", "summary.json"  # packed rows and their counts, in the run's folder
 
 
 def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int], console: Console) -> None:
-    """Encode and pack the conversations into the run's folder, where all processes, and resumed runs, find them.
+    """Encode and pack the conversations into the run's folder, where all processes and resumed runs read them.
 
     Raises:
-        SourceError: there are none.
-        RecipeError: they are others than when the run began.
+        SourceError: there are no conversations.
+        RecipeError: they have changed since the run began.
     """
     folder, known = output / ROWS, json.loads(json.dumps([sources.fingerprint(recipe.chat), tokenizer.chat_template]))
     kept = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).exists() else None
@@ -38,7 +38,7 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
     datasets.disable_progress_bars()
     reasoning = Reasoning(recipe.max_reasoning_tokens, recipe.long_reasoning)
     chat = load_chat(recipe.chat, tokenizer, recipe.length, recipe.validation_share, stop_ids, reasoning)
-    _tell(chat, console)
+    _report(chat, console)
     begun = output / TRAINED_ON
     if begun.exists() and json.loads(begun.read_text(encoding="utf-8"))["digest"] != chat.digest:
         raise RecipeError(
@@ -47,7 +47,7 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
         )
     shutil.rmtree(folder, ignore_errors=True)
     for name, rows in (("train", chat.train), ("validation", chat.validation)):
-        if len(rows):  # of few conversations, perhaps none is held out; and `datasets` cannot load what is empty
+        if len(rows):  # with few conversations none may be held out, and `datasets` cannot load an empty set
             packed(rows, recipe).save_to_disk(str(folder / name))
     summary = {
         "fingerprint": known,
@@ -60,13 +60,13 @@ def prepare(recipe: ChatRecipe, output: Path, tokenizer: Any, stop_ids: set[int]
 
 
 def order_of(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """Return the rows to train on: all of them, epoch after epoch, in another order each time, until there are `wanted`."""
+    """Return the indices of the rows to train on, [wanted]: all rows, epoch after epoch, in a new order each time."""
     epochs = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(-(-wanted // rows))]
     return np.concatenate(epochs)[:wanted]
 
 
 def packed(data: Dataset, recipe: ChatRecipe) -> Dataset:
-    """Conversations in rows of at most `length` tokens: input_ids, labels, seq_lengths."""
+    """Return conversations packed into rows of at most `length` tokens: input_ids, labels, seq_lengths."""
     from trl import pack_dataset
 
     if recipe.packing:
@@ -75,9 +75,9 @@ def packed(data: Dataset, recipe: ChatRecipe) -> Dataset:
 
 
 class Rows:
-    """Collates packed rows: input_ids, labels and position_ids [B, T], which start again with every conversation.
+    """Collates packed rows: input_ids, labels and position_ids [B, T]. Positions restart with every conversation.
 
-    Padding comes last, each token of it a text of its own, so that nothing real sees it.
+    Padding comes last, each padding token as a text of its own, so that no real token attends to it.
     """
 
     def __init__(self, length: int | None, pad: int):
@@ -91,13 +91,14 @@ class Rows:
             ids.append(list(row["input_ids"]) + [self.pad] * missing)
             starts = [i for size in row["seq_lengths"] for i in range(size)]
             positions.append(starts + [0] * missing)
-            learnt = [-100 if place == 0 else label for label, place in zip(row["labels"], starts)]
+            learnt = [-100 if position == 0 else label for label, position in zip(row["labels"], starts)]
             labels.append(learnt + [-100] * missing)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "position_ids": torch.tensor(positions)}
 
 
 def stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
-    """Return the tokens that end a checkpoint's answers: by its generation settings, its configuration and its tokenizer."""
+    """Return the ids of the tokens that end a checkpoint's answers, from its generation settings, configuration and
+    tokenizer."""
     name = "generation_config.json"
     given = load_part(GenerationConfig, folder, name).eos_token_id if (folder / name).is_file() else None
     stops: set[int] = set()
@@ -106,7 +107,7 @@ def stop_ids(config: PLTConfig, tokenizer: Any, folder: Path) -> set[int]:
     return stops
 
 
-def _tell(chat: Chat, console: Console) -> None:
+def _report(chat: Chat, console: Console) -> None:
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in chat.left_out.most_common()) or "nothing"
     console.print(
         f"{chat.conversations:,} conversations: {len(chat.train):,} rows to train on, {len(chat.validation):,} held out. Left out: {left_out}",
@@ -117,7 +118,7 @@ def _tell(chat: Chat, console: Console) -> None:
         console.print(f"Reasoning was cut in {chat.cut:,} of them.", highlight=False, markup=False)
     if not chat.stops:
         console.print(
-            "The last token that is learnt of some turns does not end generation: the model may not learn to stop. Add it to "
+            "In some turns the last token to be learnt does not end generation: the model may not learn to stop. Add it to "
             "eos_token_id in generation_config.json, or let the chat template's {% generation %} block include the end of the turn.",
             style="yellow",
             markup=False,

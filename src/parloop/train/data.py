@@ -1,4 +1,4 @@
-"""What a recipe trains on: rows of a prepared corpus, a mixture that is streamed, or a task whose documents are made on the fly."""
+"""Training data of a recipe: rows of a prepared corpus, a streamed mixture, or a task whose documents are generated on the fly."""
 
 import dataclasses
 import shutil
@@ -18,16 +18,18 @@ from .recipe import Recipe
 from .run import Run, has_begun, same_text, save_tokenizer
 from .sharding import first_process_first
 
-TOKENIZER_BYTES = 20_000_000  # of a mixture, to train a tokenizer on
+TOKENIZER_BYTES = 20_000_000  # text of a mixture that its tokenizer is trained on
 
 
 class TextData:
-    """The rows of a run: those of a prepared corpus, of a mixture that is streamed, or of a task.
+    """The rows of a run: from a prepared corpus, a streamed mixture, or a task.
 
     Attributes:
-        tokenizer, validation, digest.
-        rows: the corpus's, for Trainer's own loader; of a mixture a stand-in.
+        tokenizer: the run's tokenizer.
+        rows: training rows for Trainer's own loader; a placeholder if the source is a mixture.
+        validation: rows for losses during training, or None.
         stream: the loader of a mixture, or None.
+        digest: hash that identifies the training data.
     """
 
     def __init__(self, run: Run, recipe: Recipe, corpus: Corpus | None):
@@ -62,10 +64,10 @@ class TextData:
             self.validation = TaskRows(task, self.tokenizer, recipe.length * task.longer, recipe.eval_rows, HELD_OUT)
 
     def _open_mixture(self, run: Run, recipe: Recipe) -> None:
-        # Its digest and places have paths as they were spelt when the run began.
+        # Its digest and cursors hold paths as they were spelt when the run began.
         mixture = mixture_of(dataclasses.replace(recipe, mixture=Recipe.load(run.output / "recipe.yaml").mixture))
         rows = (recipe.batch_size, recipe.gradient_accumulation, run.state.process_index, run.state.num_processes)
-        StreamLoader(mixture, None, *rows)  # whether streams and processes fit, before anything is prepared
+        StreamLoader(mixture, None, *rows)  # raises if streams and processes do not fit, before anything is prepared
         with first_process_first(run.state):
             self.digest = mixture.digest()
             if run.out is not None:
@@ -77,7 +79,9 @@ class TextData:
                 load_from_disk(str(run.output / "validation")).with_format("numpy") if recipe.eval_every else None
             )
         self.stream = StreamLoader(mixture, self.tokenizer, *rows)
-        self.rows = Dataset.from_dict({"input_ids": [[0]] * recipe.batch_size})  # Trainer asks for one; ours is the stream
+        self.rows = Dataset.from_dict(
+            {"input_ids": [[0]] * recipe.batch_size}
+        )  # Trainer requires a data set; rows come from the stream
 
     def _prepare(self, recipe: Recipe, mixture: Mixture, out: OutputFolder) -> None:
         if has_begun(out.path):
@@ -107,13 +111,17 @@ def _given_tokenizer(name: str) -> Any:
 
 
 def mixture_of(recipe: Recipe) -> Mixture:
-    """The mixture that a recipe describes."""
+    """Return the mixture that a recipe describes."""
     parts = [Part(recipe.corpus_settings(entry), entry["weight"]) for entry in recipe.mixture]
     return Mixture(parts, recipe.length, recipe.data_streams, recipe.shuffle_documents, recipe.seed)
 
 
 def whole_batches(corpus: Corpus, recipe: Recipe) -> Dataset:
-    """The training rows without the last few that fill no step, so that every step of every epoch has all its rows."""
+    """Return the training rows without the last few that do not fill a step, so that every step has all its rows.
+
+    Raises:
+        RecipeError: the corpus has fewer rows than one step.
+    """
     rows, step = len(corpus.train), recipe.batch_size
     if rows < step:
         raise RecipeError(
@@ -124,7 +132,7 @@ def whole_batches(corpus: Corpus, recipe: Recipe) -> Dataset:
 
 
 def validation_rows(texts: Any, tokenizer: Any, recipe: Recipe) -> Dataset:
-    """The first validation documents, packed, for losses during training."""
+    """Return the first validation documents in packed rows, for losses during training."""
     tokens: list[np.ndarray] = []
     wanted = recipe.eval_rows * recipe.length
     for text in texts:
@@ -136,5 +144,6 @@ def validation_rows(texts: Any, tokenizer: Any, recipe: Recipe) -> Dataset:
 
 
 def packed_rows(tokens: list[np.ndarray], recipe: Recipe) -> Dataset:
+    """Return documents [tokens] packed into at most eval_rows rows of `length` tokens."""
     rows = pack(tokens, recipe.length)
     return Dataset.from_dict({name: values[: recipe.eval_rows] for name, values in rows.items()}).with_format("numpy")

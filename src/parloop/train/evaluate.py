@@ -23,7 +23,7 @@ class Evaluation:
         nll: [documents, R] negative log-likelihood in nats, of each loop's state read out through the head.
         correct: [documents] tokens that the last loop ranks first.
         tokens: [documents] predicted tokens.
-        bytes: [documents] bytes of text; of a task, what is asked for.
+        bytes: [documents] bytes of text; for a task, number of predicted tokens.
     """
 
     nll: np.ndarray
@@ -33,21 +33,22 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per token, last loop."""
+        """Mean loss of the last loop, in nats per token."""
         return float(self.nll[:, -1].sum() / self.tokens.sum())
 
     @property
     def bits_per_byte(self) -> list[float]:
-        """Bits per byte of every loop."""
+        """Bits per byte of every loop, [R]."""
         return [float(nll / math.log(2) / self.bytes.sum()) for nll in self.nll.sum(0)]
 
     @property
     def accuracy(self) -> float:
+        """Share of tokens that the last loop ranks first."""
         return float(self.correct.sum() / self.tokens.sum())
 
 
 def cut_text(text: str, max_chars: int) -> tuple[str, bool]:
-    """At most `max_chars` characters of a text, and whether that is all of it."""
+    """Return at most `max_chars` characters of a text (0: all), and whether that is the whole text."""
     return (text, True) if not max_chars or len(text) <= max_chars else (text[:max_chars], False)
 
 
@@ -63,17 +64,25 @@ def evaluate_documents(
     on_batch: Callable[[int, int], None] | None = None,
     as_lm_eval: bool = False,
 ) -> Evaluation:
-    """Evaluate `texts`.
+    """Compute the loss of every loop on `texts`, as sums per document.
 
     Args:
+        model: a PLTForCausalLM.
+        tokenizer: its tokenizer, with bos and eos.
+        texts: the documents.
         length: T, tokens per window.
+        batch_size: windows per forward pass.
         max_chars: use at most this many characters of each text; 0: all. (An <eos> is predicted only after a whole text.)
-        on_batch: called with batches done and batches in all.
-        as_lm_eval: count as lm-eval's rolling log-likelihood does: <eos> is not predicted, and a text's last window, if it is not its
-            first, is filled up to T tokens with those before it, which are predicted once all the same.
+        num_loops: loop count; default: the model's.
+        on_batch: called with the windows done and the number of windows.
+        as_lm_eval: count as lm-eval's rolling log-likelihood does: <eos> is not predicted, and the last window of a text with several
+            is extended to T tokens by the tokens before it, as context only.
+
+    Returns:
+        sums per document, R loops wide.
 
     Raises:
-        ValueError: a number out of its bounds.
+        ValueError: a number is out of its bounds.
     """
     if length < 1 or batch_size < 1 or max_chars < 0 or (num_loops is not None and num_loops < 1):
         raise ValueError(
@@ -105,7 +114,7 @@ def evaluate_documents(
         padded = torch.tensor([ids + [-100] * (longest - len(ids)) for _, ids, _ in batch], device=model.device)
         targets = padded[:, 1:].clone()
         for row, (_, ids, predicted) in enumerate(batch):
-            targets[row, : len(ids) - 1 - predicted] = -100  # context that was predicted before
+            targets[row, : len(ids) - 1 - predicted] = -100  # context, predicted in the window before
         # Padding comes after the text, so no real token sees it and no mask is needed.
         inputs = padded[:, :-1].clamp(min=0)
         output = model.model(inputs, use_cache=False, num_loops=num_loops)

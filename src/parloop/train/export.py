@@ -1,4 +1,4 @@
-"""Checkpoints of runs as models that any tool loads."""
+"""Export of a run's checkpoint as a model that any tool loads."""
 
 import json
 import re
@@ -17,22 +17,26 @@ from .recipe import ChatRecipe, load_recipe
 
 
 def export(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer. Adapters are merged
-    into the model that the run's recipe names.
+    """Write a run's checkpoint as a model that any tool loads: one safetensors file, configuration and tokenizer.
+
+    Adapters are merged into the model that the run's recipe names.
 
     Args:
-        checkpoint: checkpoint-N of a run, by any number of processes.
-        out: folder to make.
+        checkpoint: checkpoint-N of a run, written by any number of processes.
+        out: folder to create.
+
+    Returns:
+        the folder.
 
     Raises:
-        CheckpointError: it is no whole checkpoint, or its weights are not what its config.json says.
+        CheckpointError: the checkpoint is incomplete, or its weights do not match its config.json.
         OutputError: the folder is not empty, or cannot be written.
     """
     from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
 
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / STATE).is_file() or not list(checkpoint.glob("*.safetensors")):
-        raise CheckpointError(f"{str(checkpoint)!r} is no whole checkpoint of a run: give RUN/checkpoint-N.")
+        raise CheckpointError(f"{str(checkpoint)!r} is not a complete checkpoint of a run: give RUN/checkpoint-N.")
     if (checkpoint / "model.safetensors").is_file():
         check_weights(checkpoint)
     recipe_file = checkpoint.parent / "recipe.yaml"

@@ -1,7 +1,7 @@
 """Fine-tuning on conversations: TRL's SFT trainer, full or with LoRA, on the assistant's tokens.
 
-The run's folder ends up with the whole model, adapters merged into it, ready to be served; of a LoRA run also with `adapter/`, for those
-who keep the base and change adapters.
+In the end the run's folder holds the whole model, with adapters merged into it, ready to be served. A LoRA run also keeps `adapter/`, for
+those who serve one base with several adapters.
 """
 
 import json
@@ -29,10 +29,10 @@ from .trainer import training_arguments
 
 
 def check(recipe: ChatRecipe) -> None:
-    """See that a recipe can be run here.
+    """Check that a recipe can be run here.
 
     Raises:
-        RecipeError: TRL or peft is not installed; the recipe and the checkpoint do not fit.
+        RecipeError: TRL or peft is not installed, or the recipe does not fit the checkpoint.
         CheckpointError: the checkpoint cannot be read.
     """
     try:
@@ -46,10 +46,14 @@ def check(recipe: ChatRecipe) -> None:
 
 
 def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
-    """Fine-tune a checkpoint, from where the run is. Every process must call it.
+    """Fine-tune a checkpoint, continuing where the run stands. Every process must call it.
+
+    Args:
+        run: the open run.
+        recipe: its recipe.
 
     Returns:
-        what the run came to; the model is in its folder.
+        the run's result; the model is in its folder.
 
     Raises:
         RecipeError, SourceError, CheckpointError, TrainingDivergedError: as `train`.
@@ -85,7 +89,7 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
     model = _model(recipe, config, state)
     if run.out is not None:
         saved_as: Any = load_config(recipe.model).dtype or torch.float32
-        merged = saved_as.itemsize * sum(p.numel() for p in model.parameters())  # beside it, adapters are small
+        merged = saved_as.itemsize * sum(p.numel() for p in model.parameters())  # adapters are small beside it
         needed = merged if recipe.lora_rank else bytes_to_come(model, recipe, steps, output, saved_as.itemsize)
         check_room(output, needed, "fine-tuning")
     evaluates = bool(recipe.eval_every and len(validation_rows))
@@ -95,7 +99,7 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
         steps,
         state.num_processes,
         eval_strategy="steps" if evaluates else "no",
-        packing=False,  # done already, into rows that stay rows
+        packing=False,  # done already; TRL must not pack the rows again
         max_length=None,
         train_sampling_strategy="sequential",  # shuffled already
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -127,7 +131,7 @@ def finetune(run: Run, recipe: ChatRecipe) -> TrainingResult:
         left_out=summary["left_out"],
         reasoning_cut=summary.get("cut", 0),
         processes=state.num_processes,
-        parameters=parameters - trained if recipe.lora_rank else parameters,  # adapters are merged into the others
+        parameters=parameters - trained if recipe.lora_rank else parameters,  # adapters are merged into the base's weights
         trained_parameters=trained,
         **curves(trainer, recipe.batch_size * recipe.length),
     )
@@ -159,7 +163,7 @@ def _model(recipe: ChatRecipe, config: PLTConfig, state: PartialState) -> Any:
 
 
 def _save(model: Any, run: Run, recipe: ChatRecipe, tokenizer: Any) -> None:
-    """The whole model, in the dtype that the checkpoint has. Adapters are merged into it by one process, out of their own folder."""
+    """Write the whole model, in the checkpoint's dtype. One process merges adapters into it, from the adapter's folder."""
     output = run.output
     if not recipe.lora_rank:
         model.to(load_config(recipe.model).dtype or torch.float32)
@@ -168,5 +172,5 @@ def _save(model: Any, run: Run, recipe: ChatRecipe, tokenizer: Any) -> None:
         save_weights(model, output / ADAPTER)
     if recipe.lora_rank and run.state.is_main_process:
         tokenizer.save_pretrained(output / ADAPTER)
-        (output / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's model card knows nothing of the model
+        (output / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's model card says nothing about this model
         merge_adapter(recipe.model, output / ADAPTER, output, model.config.plt_trained_loops)

@@ -1,4 +1,4 @@
-"""Drive a Trainer through a run's steps, from its last whole checkpoint if there is one."""
+"""Drive a Trainer through a run's steps, from its last complete checkpoint if there is one."""
 
 import contextlib
 import math
@@ -18,10 +18,11 @@ def fit(trainer: Any, run: Run, steps: int, label: str, digest: str) -> None:
     """Train to the last step. Every process must call it.
 
     Args:
-        trainer: a Trainer of trainer.py.
-        steps: optimiser steps of the whole run.
-        label: of the progress bar.
-        digest: of what is trained on, kept in the folder from the first step on.
+        trainer: a Trainer with trainer.py's LoopedTraining among its bases.
+        run: the open run.
+        steps: optimizer steps of the whole run.
+        label: text beside the progress bar.
+        digest: hash of the training data, kept in the folder from the first step on.
 
     Raises:
         TrainingDivergedError: the loss is not a number, or far above its start.
@@ -47,7 +48,7 @@ def fit(trainer: Any, run: Run, steps: int, label: str, digest: str) -> None:
     elif main:
         write_json(output / TRAINED_ON, {"digest": digest})
     if checkpoint is not None and step_of(checkpoint) >= steps:
-        # Killed after its last checkpoint: nothing is left to train, but Trainer would do one more step.
+        # Killed after its last checkpoint: nothing is left to train, but Trainer would make one more step.
         load_weights(trainer.model, checkpoint)
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
     else:
@@ -60,7 +61,8 @@ def curves(trainer: Any, step_tokens: int) -> dict[str, Any]:
     """Return the times and losses of a run, as fields of a TrainingResult.
 
     Args:
-        step_tokens: tokens of a step, over all processes.
+        trainer: the Trainer that ran it.
+        step_tokens: tokens per step, over all processes.
     """
     losses, validation = loss_curves(trainer.state.log_history)
     return {
@@ -72,14 +74,14 @@ def curves(trainer: Any, step_tokens: int) -> dict[str, Any]:
 
 
 def loss_curves(history: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:
-    """Return the training and the validation losses of a Trainer's log, pairs of step and nats per token."""
+    """Return the training and the validation losses in a Trainer's log, as pairs of step and nats per token."""
     losses, validation = ([[log["step"], log[name]] for log in history if name in log] for name in ("loss", "eval_loss"))
     return losses, validation
 
 
 def _quiet_libraries() -> None:
     """Silence two warnings of libraries that are expected here."""
-    # To compare versions, Trainer reads the checkpoint's config.json with its base class, which minds the released names.
+    # To compare versions, Trainer reads the checkpoint's config.json with its base class, which warns of the released names.
     warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
-    # A layer returns loop 1's keys and values, which are views; nothing changes them in place.
+    # A layer returns loop 1's keys and values, which are views; nothing modifies them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

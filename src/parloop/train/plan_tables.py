@@ -1,4 +1,4 @@
-"""What `parloop train --plan` prints."""
+"""Tables that `parloop train --plan` prints."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from .plan import GPU_BYTES, PEAK_FLOPS, ROOM, UTILISATION
 
 
 def _count(number: float) -> str:
-    """Of parameters: 7.616B, 2.9M."""
+    """Format a number of parameters: 7.616B, 2.9M."""
     return f"{number / 1e9:.3f}B" if number >= 1e8 else f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,.0f}"
 
 
 def plan_tables(plan: dict[str, Any]) -> list[Any]:
-    """What a recipe takes: parameters, FLOPs and days against the loop count, memory of every GPU."""
+    """Return what `rich` prints of a plan: parameters; FLOPs and days by loop count; memory of each GPU; notes."""
     recipe, config, counted = plan["recipe"], plan["config"], plan["parameters"]
     parts = f"{_count(counted['layers'])} in {config.num_hidden_layers} layers (gates {_count(counted['gates'])})"
     lines = [
@@ -39,7 +39,7 @@ def plan_tables(plan: dict[str, Any]) -> list[Any]:
         costs.add_row(str(n), f"{flops / flop:,.1f}", f"{flops / plan['flops'][1]:.2f}", *shown, style=style)
     size, byte = ("GB", 1e9) if max(row["memory"].total for row in plan["gpus"]) >= 1e9 else ("MB", 1e6)
     memory = Table(
-        title=f"{size} on every GPU, R = {plan['loops']}, recomputed: {recipe.gradient_checkpointing}", title_justify="left"
+        title=f"{size} on each GPU, R = {plan['loops']}, recomputed: {recipe.gradient_checkpointing}", title_justify="left"
     )
     for name in ("GPUs", "accum.", "rows", "gather", "states", "weights", "activ.", "logits", "again", "grads", "peak"):
         memory.add_column(name, justify="right", no_wrap=True)
@@ -50,10 +50,10 @@ def plan_tables(plan: dict[str, Any]) -> list[Any]:
         how = (str(row["gpus"]), str(row["accumulation"]), str(row["rows"]), row["gather"] if row["gpus"] > 1 else "")
         memory.add_row(*how, *(f"{part / byte:.1f}" for part in held), total)
     notes = (
-        f"{time.capitalize()} at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s per GPU (an H100 in bfloat16); what is recomputed does not count as "
+        f"{time.capitalize()} at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s per GPU (an H100 in bfloat16); recomputation does not count as "
         f"work. Memory in bfloat16 with FSDP2, for the smallest gradient_accumulation (accum.) that leaves {1 - ROOM:.0%} of {GPU_BYTES / 1e9:.0f} GB to "
-        f"kernels and the allocator; ! does not. rows: at a time on a GPU. states: weights, gradients and Adam, sharded. weights: gathered, or cast. "
-        f"again: a layer or loop that is recomputed. grads: sums over loops, before they are scattered. The peak is less than the sum, "
-        f"since not all is there at once. Numbers of GPUs that do not divide batch_size={recipe.batch_size} are left out."
+        f"kernels and the allocator; ! marks plans that do not. rows: at a time on a GPU. states: weights, gradients and Adam, sharded. weights: gathered, "
+        f"or cast. again: a layer or loop that is recomputed. grads: sums over loops, before they are scattered. The peak is below the sum, "
+        f"since not all of it is held at once. Numbers of GPUs that do not divide batch_size={recipe.batch_size} are left out."
     )
     return ["\n".join(lines), costs, memory, notes]

@@ -24,13 +24,15 @@ from .trainer import PLTTrainer, training_arguments
 
 
 def pretrain(run: Run, recipe: Recipe, corpus: Corpus | None = None) -> TrainingResult:
-    """Train a model on text, from where the run is. Every process must call it.
+    """Train a model on text, continuing where the run stands. Every process must call it.
 
     Args:
-        corpus: the prepared corpus, if it is at hand; else it is loaded or made.
+        run: the open run.
+        recipe: its recipe.
+        corpus: the prepared corpus; default: it is loaded from the cache, or prepared.
 
     Returns:
-        what the run came to; the model is in its folder.
+        the run's result; the model is in its folder.
 
     Raises:
         RecipeError, CheckpointError, TrainingDivergedError: as `train`.
@@ -79,7 +81,7 @@ def pretrain(run: Run, recipe: Recipe, corpus: Corpus | None = None) -> Training
 
 
 def _answers(recipe: Recipe, output: Path, tokenizer: Any) -> dict[str, Any]:
-    """Ask the finished model held-out questions of its task; the outcomes are kept beside it, question by question."""
+    """Ask the finished model held-out questions of its task, and keep every outcome beside it."""
     outcomes = task_accuracy(load_model(output, recipe.device), task_of(recipe.source), tokenizer=tokenizer)
     kept: dict[str, Any] = outcomes.arrays()
     np.savez_compressed(output / f"evaluation-{len(outcomes.correct)}.npz", **kept)

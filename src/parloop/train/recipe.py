@@ -84,7 +84,7 @@ class RunSettings:
                     raise RecipeError(f"{f.name}={value} must be {allowed}: {f.metadata['doc']}.")
         if self.attention.startswith("flash_attention"):
             raise RecipeError(
-                f"attention={self.attention!r} is told document borders only for a single row, and the rows of a batch are packed "
+                f"attention={self.attention!r} knows document borders only in a single row, but every row of a batch is packed "
                 f"with several documents: use sdpa or flex_attention."
             )
         for name, known in CHOICES.items():
@@ -117,9 +117,11 @@ class RunSettings:
         return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
 
     def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     def to_yaml(self) -> str:
+        """Return the recipe as YAML, every field in it."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def placed(self) -> typing.Self:
@@ -132,7 +134,7 @@ class RunSettings:
 
 @dataclass
 class Recipe(RunSettings):
-    """Training of a PLT on text. The learning rate's default is tuned for models of the default size (docs/log.md)."""
+    """Trains a PLT on text. The learning rate's default is tuned for models of the default size (docs/log.md)."""
 
     # The corpus
     source: str = _(
@@ -159,13 +161,14 @@ class Recipe(RunSettings):
         10_000, "of a mixture, documents of each source that are shuffled at a time, over all streams"
     )
     data_streams: int = _(
-        8, "of a mixture, streams that its documents are dealt to; processes share them, and it divides batch_size"
+        8,
+        "of a mixture, number of streams that its documents are split into; processes share them; it must divide batch_size",
     )
 
     # The model
     init_from: str | None = _(
         None,
-        "folder or Hub name of a PLT checkpoint to go on from; its shape and scales are taken, and the fields below not; its tokenizer too, unless one is given",
+        "folder or Hub name of a PLT checkpoint to continue; its shape and scales replace the fields below, and its tokenizer is used unless one is given",
     )
     loops: int | list[int] = _(
         2, "R, how often the stack is run; several, such as [1, 2]: another one of them at every step"
@@ -216,7 +219,7 @@ class Recipe(RunSettings):
         for entry in self.mixture:
             if is_task(entry["source"]):
                 raise RecipeError(
-                    f"mixture: {entry['source']!r} is a task, which is no part of a mixture: train on it alone, as source."
+                    f"mixture: {entry['source']!r} is a task, which cannot be part of a mixture: train on it alone, as source."
                 )
         if is_task(self.source):
             task_of(self.source)  # raises: there is none, or none with these options
@@ -229,7 +232,7 @@ class Recipe(RunSettings):
 
     @property
     def num_loops(self) -> int:
-        """R, the largest of them."""
+        """R, the largest of the trained loop counts."""
         return max(self.loop_counts)
 
     @property
@@ -239,6 +242,7 @@ class Recipe(RunSettings):
 
     @property
     def steps(self) -> int:
+        """Number of optimizer steps."""
         return max(1, round(self.tokens / (self.length * self.batch_size)))
 
     def corpus_settings(self, source: dict | None = None) -> CorpusSettings:
@@ -256,9 +260,15 @@ class Recipe(RunSettings):
         return self.length * (task_of(self.source).longer if is_task(self.source) else 1)
 
     def plt_config(self, tokenizer: Any = None) -> PLTConfig:
-        """The model's configuration. Scales that the recipe leaves open follow from the initialisation: a fresh embedding
-        has root mean square `initializer_range`, a normed state has 1, so c = a * initializer_range makes both terms of
-        a * E + c * shift(h) equally large at the start, and a = sqrt(1/2) makes their sum as large as E."""
+        """Return the model's configuration.
+
+        Scales that the recipe leaves open follow from the initialisation: a fresh embedding has root mean square
+        `initializer_range`, a normed state has 1, so c = a * initializer_range makes both terms of a * E + c * shift(h)
+        equally large at the start, and a = sqrt(1/2) makes their sum as large as E.
+
+        Raises:
+            RecipeError: no model has such a shape.
+        """
         a = 0.5**0.5 if self.emb_scale is None else self.emb_scale
         c = a * self.initializer_range if self.hidden_scale is None else self.hidden_scale
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -300,7 +310,7 @@ class Recipe(RunSettings):
 
 @dataclass
 class ChatRecipe(RunSettings):
-    """Fine-tuning of a checkpoint on conversations: the loss is that of the assistant's tokens."""
+    """Fine-tunes a checkpoint on conversations. Only the assistant's tokens enter the loss."""
 
     model: str = _("", "folder or Hub name of the PLT checkpoint to fine-tune")
     chat: str = _("", "a .jsonl file, or a glob of them: rows with messages, and tools if there are any")
@@ -308,7 +318,7 @@ class ChatRecipe(RunSettings):
         None, "loop counts to train, as in pretraining; default: as the checkpoint was trained"
     )
     length: int = _(2048, "T, tokens per row; longer conversations are left out")
-    packing: bool = _(True, "several conversations per row, apart from each other")
+    packing: bool = _(True, "several conversations per row, which do not attend to each other")
     max_reasoning_tokens: int = _(0, "tokens of a turn's reasoning beyond which it is long; 0: none is")
     long_reasoning: str = _(
         "drop",
@@ -336,6 +346,7 @@ class ChatRecipe(RunSettings):
 
     @property
     def loop_counts(self) -> list[int] | None:
+        """The loop counts that are trained; None: those of the checkpoint."""
         return [self.loops] if isinstance(self.loops, int) else self.loops
 
 
@@ -351,7 +362,7 @@ ALLOWED: dict[str, Callable[[float], bool]] = {
     "from 0 to 4294967295": lambda x: 0 <= x < 2**32,  # what numpy takes
 }
 BOUNDS = {
-    "at least 2": ("length",),  # of one token, nothing is predicted
+    "at least 2": ("length",),  # in a row of one token nothing is predicted
     "at least 1": (
         "max_file_bytes", "loops", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "intermediate_size", "max_position_embeddings", "tokens", "batch_size", "gradient_accumulation", "log_every",
@@ -377,15 +388,15 @@ CHOICES = {
     "gradient_checkpointing": ("none", "layer", "loop", "both"),
     "gather": ("step", "visit"),
 }
-RENAMED = {"num_loops": "loops"}  # what people who know the configuration write
+RENAMED = {"num_loops": "loops"}  # the configuration's name for the same
 OF_A_SOURCE = ("source", "weight", "extensions", "text_column", "max_file_bytes")
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe | ChatRecipe:
-    """A recipe of the kind that the file is of.
+    """Read a recipe of either kind: a ChatRecipe if the file or the overrides have the field `chat`, otherwise a Recipe.
 
     Raises:
-        RecipeError: as RunSettings.load; also for overrides that this kind has no field for.
+        RecipeError: as RunSettings.load; also if this kind of recipe has no field for an override.
     """
     kind = ChatRecipe if "chat" in read_recipe(path)[1] or overrides.get("chat") else Recipe
     known = {f.name for f in fields(kind)}
@@ -399,7 +410,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe | ChatRecipe:
 
 
 def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file of a recipe, given as such or as a shipped one's name, and its fields.
+    """Return the file of a recipe and its fields. `path` is a file or the name of a shipped recipe.
 
     Raises:
         RecipeError: no such file or shipped recipe, or not a mapping.
@@ -409,7 +420,7 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not found.is_file():
         raise RecipeError(f"recipe {str(path)!r} is neither a file nor one of the shipped recipes ({', '.join(shipped)}).")
     try:
-        values = yaml.safe_load(found.read_bytes()) or {}  # of bytes it finds out whether they are UTF-8 or UTF-16
+        values = yaml.safe_load(found.read_bytes()) or {}  # from bytes, YAML detects UTF-8 or UTF-16
     except RecursionError as error:
         raise RecipeError(f"recipe {str(found)!r} is nested too deeply.") from error
     except ReaderError as error:
@@ -417,7 +428,7 @@ def read_recipe(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise RecipeError(
             f"recipe {str(found)!r} is not {kind} ({error.reason}, position {error.position}): save it as UTF-8."
         ) from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the others: of values like 2020-99-01
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the last three: values such as 2020-99-01
         raise RecipeError(f"recipe {str(found)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {str(found)!r} must be a mapping of fields to values.")
@@ -435,7 +446,7 @@ PATHS = ("source", "tokenizer", "init_from", "model", "chat")  # fields that may
 
 
 def _with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Fields with the paths among them changed, those of a mixture's entries too."""
+    """Return the fields with `change` applied to every path among them, also in a mixture's entries."""
     changed = {name: change(value) if name in PATHS and isinstance(value, str) else value for name, value in values.items()}
     if isinstance(mixture := values.get("mixture"), list):
         changed["mixture"] = [_with_paths(entry, change) if isinstance(entry, dict) else entry for entry in mixture]
@@ -443,19 +454,21 @@ def _with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def _beside(given: str, folder: Path) -> str:
-    """A path that is meant from a folder; as it is, if it means the same from here, or nothing there."""
+    """Resolve a path relative to a folder; return it unchanged if nothing is there, or if it means the same from the current
+    folder."""
     found = _found(given, folder)
     return given if found is None or found == _found(given, Path()) else found
 
 
 def _found(given: str, folder: Path) -> str | None:
-    """The absolute path of a file, folder or glob that is there, seen from a folder; None for what is no path."""
+    """Return the absolute path of an existing file, folder or glob, relative to `folder`; None if nothing is there or it is
+    no path."""
     if not given or given in (STDLIB, INSTALLED) or given.startswith(HUB) or is_task(given):
         return None
     try:
         path = folder / os.path.expanduser(given)
         there = path.exists() or (glob.has_magic(given) and next(glob.iglob(str(path), recursive=True), None) is not None)
-    except (OSError, ValueError, RuntimeError):  # no name of a file, nobody's home
+    except (OSError, ValueError, RuntimeError):  # not a valid file name, or the home of an unknown user
         return None
     return os.path.abspath(path) if there else None
 
@@ -485,7 +498,7 @@ def _mixture_entry(entry: Any) -> dict[str, Any]:
 
 
 def _typed(cls: type, f: dataclasses.Field, value: Any) -> Any:
-    """The value in the field's type. (YAML reads 1e-3 and 1e6 as text, for one.)"""
+    """Convert a value to its field's type. (YAML reads 1e-3 and 1e6 as text, for example.)"""
     hint = typing.get_type_hints(cls)[f.name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:

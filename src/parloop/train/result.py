@@ -13,21 +13,22 @@ class TrainingResult(Result):
     """A finished run. Its folder holds the model.
 
     Attributes:
-        steps: optimiser steps.
-        tokens: in the rows of these steps, padding included.
-        processes: those that finished it.
-        seconds: in training steps, without validation and saving, summed over interruptions.
-        tokens_per_second: of the median step, over all processes.
+        steps: number of optimizer steps.
+        tokens: number of tokens in the rows of these steps, padding included.
+        processes: number of processes that finished the run.
+        seconds: time in training steps, without validation and saving, summed over interruptions.
+        tokens_per_second: throughput of the median step, over all processes.
         loss_curve: pairs of step and training loss, in nats per token.
-        validation_curve: pairs of step and validation loss, likewise.
-        parameters: of the model; 0 where an older version did not count them.
-        trained_parameters: those that a fine-tuning changes: of LoRA, the adapters'.
-        conversations: that were read for a fine-tuning; rows: that they fill.
-        left_out: reason -> conversations.
-        data: of a mixture, what was read of each source.
-        reasoning_cut: conversations whose reasoning was cut.
-        answers: of a task, how many held-out questions were answered rightly, group by group.
-        folder: where the model is.
+        validation_curve: pairs of step and validation loss, in nats per token.
+        parameters: number of the model's parameters; 0 where an older version did not count them.
+        trained_parameters: number of parameters that fine-tuning changes; for LoRA, the adapters'.
+        conversations: number of conversations read for fine-tuning.
+        rows: number of rows that they fill.
+        left_out: reason -> number of conversations.
+        data: for a mixture, what was read from each source.
+        reasoning_cut: number of conversations whose reasoning was cut.
+        answers: for a task, the share of correct answers to held-out questions, group by group.
+        folder: folder of the model.
     """
 
     FILE: ClassVar[str] = "training.json"
@@ -50,6 +51,7 @@ class TrainingResult(Result):
     folder: Path | None = not_kept(default=None)
 
     def shown(self) -> list[Any]:
+        """Return what `rich` prints of the result."""
         from rich.text import Text
 
         lines = [

@@ -1,8 +1,8 @@
-"""A run: its recipe, its folder from the first file to the last, and how far it is.
+"""A run: its recipe, its folder from the first file to the last, and its progress.
 
-The folder holds recipe.yaml, corpus.json (which documents), tokenizer and, of a mixture, validation rows; checkpoint-N folders
+The folder holds recipe.yaml, corpus.json (which documents), the tokenizer and, for a mixture, validation rows; checkpoint-N folders
 while it runs; and in the end the model and training.json. Running the same recipe again, on any number of processes, continues an
-interrupted run from its last whole checkpoint, with the same data order and random numbers, and leaves a finished one alone.
+interrupted run from its last complete checkpoint, with the same data order and random numbers, and leaves a finished run alone.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from .recipe import ChatRecipe, Recipe, RunSettings
 from .result import TrainingResult
 from .sharding import first_process_first
 
-TRAINED_ON = "corpus.json"  # the digest of what is trained on, written when training begins
+TRAINED_ON = "corpus.json"  # digest of the training data, written when training begins
 RUN = Kind(
     "a run",
     files=r"recipe\.yaml|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
@@ -39,10 +39,10 @@ RUN = Kind(
     made=r"corpus\.json|training\.json|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"checkpoint-\d+|runs|adapter|validation|conversations|stream-\d+\.json|diagnosis\.json|evaluation-\d+\.npz|.*\.partial(\.npz)?",
     known=lambda folder: (folder / "recipe.yaml").is_file() and has_begun(folder),
-    over=False,  # what is edited in a run that goes on stays as it is
+    over=False,  # files that a user edits during a run stay as they are
 )
-LEFT_OVER = "left-over.partial"  # names of what a finished run has still to delete
-GOES_ON = "it goes on from its last whole checkpoint"
+LEFT_OVER = "left-over.partial"  # names of files that a finished run must still delete
+GOES_ON = "it continues from its last complete checkpoint"
 FREE_TO_CHANGE = {  # do not change what is trained
     "device", "log_every", "save_every", "keep_checkpoints", "compile", "gradient_checkpointing", "gradient_accumulation", "gather",
     "replicas",
@@ -51,14 +51,14 @@ FREE_TO_CHANGE = {  # do not change what is trained
 
 @dataclass
 class Run:
-    """A run that is open.
+    """An open run.
 
     Attributes:
-        recipe: what is trained.
+        recipe: its recipe.
         output: its folder.
         out: the folder as claimed by the first process; None on the others, and if the run is finished.
         state: this process among those that train.
-        console: where it says how it goes.
+        console: where progress is printed.
         on_step: called after every step with its number and loss; None: a progress bar.
     """
 
@@ -71,9 +71,11 @@ class Run:
 
     @property
     def done(self) -> bool:
+        """Whether the run is finished."""
         return (self.output / TrainingResult.FILE).is_file()
 
     def label(self, counts: list[int]) -> str:
+        """Return the text beside the progress bar: folder and loop counts."""
         return f"{self.output.name}: R = {' or '.join(map(str, counts))}"
 
 
@@ -87,17 +89,23 @@ def opened_run(
     on_step: Callable[[int, float], None] | None = None,
     corpus: Corpus | None = None,
 ) -> Iterator[Run]:
-    """Open the run in a folder, which the first process has claimed for as long as it trains. Every process must call it.
+    """Open the run in a folder. The first process claims the folder while it trains. Every process must call it.
 
     Args:
-        corpus: that it will train on, if it is at hand.
+        recipe: the run's recipe.
+        output: its folder.
+        state: this process among those that train.
+        fresh: delete what is in the folder and start over.
+        console: where progress is printed.
+        on_step: called after every step with its number and loss; None: a progress bar.
+        corpus: the prepared corpus that it will train on, if there is one already.
 
     Raises:
         RecipeError, OutputError: as `train`.
     """
     with contextlib.ExitStack() as stack:
         run = Run(recipe, output, None, state, console, on_step)
-        stack.enter_context(disk_errors(output, GOES_ON))  # of the other processes
+        stack.enter_context(disk_errors(output, GOES_ON))  # on the other processes
         with first_process_first(state):
             if state.is_main_process:
                 _keep_inputs(recipe, output)
@@ -112,12 +120,13 @@ def opened_run(
 
 
 def open_run(recipe: Recipe | ChatRecipe, out: OutputFolder, fresh: bool) -> None:
-    """See that the run in the folder is this recipe's, or make it this recipe's. A run that has not begun to train can be changed:
-    what was prepared for it is made again.
+    """Check that the run in the folder is this recipe's, or make it so.
+
+    The recipe of a run that has not begun to train can be changed: its prepared data are made again.
 
     Raises:
-        RecipeError: it is another recipe's.
-        OutputError: the folder holds something else than a run, and would be deleted.
+        RecipeError: the folder holds another recipe's run.
+        OutputError: the folder holds something other than a run, which would be deleted.
     """
     path = out.path / "recipe.yaml"
     if fresh:
@@ -134,7 +143,7 @@ def open_run(recipe: Recipe | ChatRecipe, out: OutputFolder, fresh: bool) -> Non
 
 
 def _differences(recipe: Recipe | ChatRecipe, output: Path) -> dict[str, tuple[Any, Any]]:
-    """Fields that determine what is trained, and are another in the folder's recipe: there, and here."""
+    """Return the fields that determine what is trained and differ from the folder's recipe: name -> (there, here)."""
     before, now = _fields_of(type(recipe), output / "recipe.yaml"), dataclasses.asdict(recipe.placed())
     return {
         name: (before.get(name), now[name]) for name in now if now[name] != before.get(name) and name not in FREE_TO_CHANGE
@@ -156,13 +165,13 @@ def _fields_of(kind: type[RunSettings], path: Path) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Any, out: OutputFolder) -> None:
-    """Once: a chat template that is put into the folder later stays as it is."""
+    """Write the tokenizer, once: a chat template that is put into the folder later is kept."""
     if not (out.path / "tokenizer_config.json").exists():  # the last file that is written
         out.write_files(tokenizer.save_pretrained)
 
 
 def close_run(output: Path, result: TrainingResult) -> None:
-    """The run is finished: say so, and delete what was for resuming."""
+    """Write the result, which marks the run as finished, and delete the files that only resuming needs."""
     left = [*checkpoints_of(output), output / "validation", output / "conversations", *places_in(output)]
     write_json(output / LEFT_OVER, [path.name for path in left])
     write_text(output / result.FILE, result.to_json())
@@ -170,7 +179,7 @@ def close_run(output: Path, result: TrainingResult) -> None:
 
 
 def clear_left_over(output: Path) -> None:
-    """Delete what a finished run had for resuming, if a process was killed while it did."""
+    """Delete the files that a finished run needed for resuming, if close_run was killed before it had done so."""
     left_over = output / LEFT_OVER
     if left_over.exists():
         for name in json.loads(left_over.read_text(encoding="utf-8")):
@@ -179,14 +188,15 @@ def clear_left_over(output: Path) -> None:
 
 
 def has_begun(output: Path) -> bool:
+    """Return whether the run in a folder has begun to train."""
     return (output / TRAINED_ON).exists() or (output / TrainingResult.FILE).exists()
 
 
 def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
-    """A run must not write into, nor --fresh delete, what it reads.
+    """Check that the output folder holds none of the run's inputs, which it would overwrite, or --fresh delete.
 
     Raises:
-        RecipeError: it would.
+        RecipeError: it holds one.
     """
     read: dict[str, str | None]
     if isinstance(recipe, ChatRecipe):
@@ -194,10 +204,10 @@ def _keep_inputs(recipe: Recipe | ChatRecipe, output: Path) -> None:
     else:
         read = {"init_from": recipe.init_from, "tokenizer": recipe.tokenizer}
         read |= {f"source {entry['source']!r}": entry["source"] for entry in recipe.sources}
-    for name, place in read.items():
-        # Of a glob, the folder before its first wildcard.
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(os.path.expanduser(place or "")).parts)
-        there = Path(*fixed) if place else None
+    for name, given in read.items():
+        # For a glob, the folder before its first wildcard.
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(os.path.expanduser(given or "")).parts)
+        there = Path(*fixed) if given else None
         if there is not None and there.exists() and there.resolve().is_relative_to(output.resolve()):
             raise RecipeError(f"output {str(output)!r} holds what is read ({name}): choose another output.")
 
@@ -211,17 +221,22 @@ def _delete_run(out: OutputFolder) -> None:
 
 
 def bytes_to_come(model: Any, settings: RunSettings, steps: int, output: Path, weight_bytes: int = 4) -> float:
-    """Bytes of the checkpoints that a run will hold at a time and of its model, but for what is there of them."""
+    """Return the bytes that a run's checkpoints and final model will still need, beyond those already written."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
-    checkpoint = 3 * 4 * trained + 2**22  # weights and both moments, in float32; tokenizer and the like
+    checkpoint = 3 * 4 * trained + 2**22  # weights and both moments, in float32; tokenizer and other small files
     made = math.ceil(steps / settings.save_every)
     kept, there = min(settings.keep_checkpoints, made), len(checkpoints_of(output))
-    most = kept + (made > kept)  # an older one is deleted when a new one is whole
+    most = kept + (made > kept)  # an older one is deleted when a new one is complete
     return max((most - there) * checkpoint, (kept - there) * checkpoint + weight_bytes * whole)
 
 
 def same_text(summary: dict[str, Any], output: Path) -> None:
+    """Check that a run's training data are those that it began with.
+
+    Raises:
+        RecipeError: they have changed.
+    """
     path = output / TRAINED_ON
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["digest"] != summary["digest"]:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer for PLTs. Apart, since importing it needs TRL."""
+"""TRL's SFT trainer for PLTs, in a module of its own because it imports TRL."""
 
 from typing import Any
 
@@ -11,4 +11,4 @@ class PLTSFTTrainer(LoopedTraining, SFTTrainer):
     """Fine-tunes a PLT."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: with every checkpoint TRL would write its own over a README.md that is in the folder."""
+        """Write no card: TRL would overwrite a README.md in the folder at every checkpoint."""

@@ -1,15 +1,15 @@
-"""The model on several processes: FSDP2 through transformers' own plan, and how often a looped model's weights travel.
+"""The model on several processes: FSDP2 through transformers' own plan, and how often a looped model's weights are gathered.
 
 A process group comes from the launcher (torchrun or accelerate launch). FSDP2 keeps a shard of every weight on every process, gathers
 a layer's weights before it runs, and sums and scatters its gradient afterwards. A PLT visits every layer R times, so there are
 two ways:
 
     gather: step    weights are gathered once and kept until the step's last backward pass. Traffic does not depend on R; every process
-                    has room for one copy of the weights in the computation's precision
+                    holds one copy of the weights in the computation's precision
     gather: visit   weights are gathered for every visit, forward and backward, and freed after it: 2R times the traffic, and
-                    room for two layers
+                    every process holds two layers
 
-The gradient of a weight is the sum over its R visits. Autograd sums them before FSDP2 sees them, so they are scattered once
+The gradient of a weight is the sum over its R visits. Autograd sums them before FSDP2 sees them, so gradients are scattered once
 per micro-batch either way; until loop 1's backward pass, every process holds the sums of all layers.
 """
 
@@ -36,10 +36,10 @@ from .recipe import RunSettings
 
 
 def start_processes(settings: RunSettings) -> PartialState:
-    """This process among those that the launcher started; alone if there was none.
+    """Return this process's state among those that the launcher started, or alone if there was no launcher.
 
     Raises:
-        RecipeError: there is no such device, or the batch cannot be divided among the processes.
+        RecipeError: there is no such device, or the processes cannot share the batch or the replicas evenly.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device='cuda', but torch finds no GPU here: use --device cpu or auto.")
@@ -61,7 +61,8 @@ def start_processes(settings: RunSettings) -> PartialState:
 
 @contextlib.contextmanager
 def first_process_first(state: PartialState) -> Iterator[None]:
-    """The first process goes in, and when it comes out, the others. What it prepares may take hours, longer than collectives wait."""
+    """Let the first process run the block, then the others. Its work may take hours, longer than the default timeout of
+    collectives."""
     if state.num_processes == 1:
         yield
         return
@@ -79,19 +80,21 @@ def _patient_group() -> Any:
 
 
 def uses_cuda(settings: RunSettings) -> bool:
+    """Return whether a run computes on a GPU."""
     return settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
 
 
 def uses_bfloat16(settings: RunSettings) -> bool:
-    """On CPUs, bfloat16 autocast made steps of small models slower (docs/log.md)."""
+    """Return whether a run computes in bfloat16. Not by default on CPUs, where autocast made steps of small models slower
+    (docs/log.md)."""
     wanted = settings.precision == "bfloat16"
     return wanted or (settings.precision == "auto" and uses_cuda(settings) and torch.cuda.is_bf16_supported())
 
 
 def empty_model(config: PLTConfig, settings: RunSettings, state: PartialState) -> PLTForCausalLM:
-    """A model in float32 whose weights have no values yet; of several processes, each holds its shards only.
+    """Return a float32 model whose weights have no values yet. With several processes, each holds only its shards.
 
-    Give it values with `fill`, or with checkpoint.load_weights.
+    Set the values with `fill`, or with checkpoint.load_weights.
     """
     distributed = mesh = None
     if state.num_processes > 1:
@@ -104,8 +107,8 @@ def empty_model(config: PLTConfig, settings: RunSettings, state: PartialState) -
     model.set_attn_implementation(settings.attention)
     if mesh is not None:
         style = "keep_full_weight" if settings.gather == "step" else "free_full_weight"
-        # Final norm and head stay with the root, which keeps what it has gathered: the norm runs once per loop, and fused losses
-        # read the head's weight without calling it. So does a tied matrix, which is used at both ends.
+        # Final norm and head stay in the root group, which stays gathered: the norm runs once per loop, and fused losses read the
+        # head's weight without calling it. So does a tied matrix, which is used at both ends.
         plan = {"model.layers.*": style} | ({} if config.tie_word_embeddings else {"model.embed_tokens": style})
         model.fsdp_plan = plan  # type: ignore[misc]
         model = PLTForCausalLM.maybe_distribute_model(model, distributed, mesh)
@@ -120,7 +123,7 @@ def empty_model(config: PLTConfig, settings: RunSettings, state: PartialState) -
 
 
 def fill(model: PLTForCausalLM, values: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy whole tensors, one after the other, into a model that may be sharded. Every process must come with the same values."""
+    """Copy whole tensors, one after the other, into a model that may be sharded. Every process must pass the same values."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in values:
@@ -132,9 +135,9 @@ def fill(model: PLTForCausalLM, values: Iterable[tuple[str, torch.Tensor]]) -> N
 
 
 def free_gathered(model: torch.nn.Module) -> None:
-    """Go back to shards, which is where gradients are and what the optimizer changes.
+    """Free gathered weights, so that only shards are left, which the optimizer updates.
 
-    Note: weights that stayed gathered would be used again in the next step, as they were before the optimizer's.
+    Note: weights that stayed gathered would be used in the next step with their values from before the update.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -142,15 +145,17 @@ def free_gathered(model: torch.nn.Module) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
+    """Return whether FSDP2 shards the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def main_process() -> bool:
-    """Whether this process is the first, or the only one."""
+    """Return whether this process is the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier() -> None:
+    """Wait for all processes, if there are several."""
     if dist.is_initialized():
         PartialState().wait_for_everyone()
 
@@ -165,7 +170,7 @@ def mean_over_processes(value: torch.Tensor) -> float:
 
 
 def agreed(folder: Path | None) -> Path | None:
-    """Return the first process's answer on every process. Every process must call it."""
+    """Return the first process's value on every process. Every process must call it."""
     if not dist.is_initialized():
         return folder
     said = [folder]

@@ -1,4 +1,4 @@
-"""How often a model answers a task rightly, by length, hops or difficulty, one outcome for each instance."""
+"""Accuracy of a model on a task, by length, hops or difficulty, with one outcome per instance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..errors import SourceError
 from ..statistics import bootstrap_mean
 from .evaluate import Evaluation
 
-ROW_TOKENS = 8192  # tokens of a batch; the longest row counts
+ROW_TOKENS = 8192  # tokens of a batch, padding included
 
 
 @dataclass
@@ -22,14 +22,16 @@ class TaskAccuracy:
     """Outcomes on held-out instances.
 
     Attributes:
-        source: the task; unit: what groups are numbers of.
-        groups: [G], easiest first; chance: [G], what the best constant answer gets.
-        correct: [instances, G], the share of an instance's answers in a group that are right.
-        exact: [instances, G] of bool, whether all of them are.
-        nll: [instances, G], nats per answer; after the true worked steps where these are written.
-        written: [instances, G], tokens that the model wrote before it ended, the answer's included; 0 where it only says answers.
-        evaluation: the loss of all that training asks for, worked steps included, as of a text whose bytes are what is asked for; of lengths
-            that training has.
+        source: the task.
+        unit: unit of the groups, such as hops.
+        groups: [G], easiest first.
+        chance: [G], accuracy of the best constant answer.
+        correct: [instances, G], share of an instance's answers in a group that are right.
+        exact: [instances, G] of bool, whether all of them are right.
+        nll: [instances, G], nats per answer; after the true worked steps where the task has them.
+        written: [instances, G], tokens that the model wrote before it ended, the answer's included; 0 where it only gives answers.
+        evaluation: the loss of all tokens that training predicts, worked steps included, in the groups that training has. It counts a
+            predicted token as a byte.
     """
 
     source: str
@@ -43,7 +45,7 @@ class TaskAccuracy:
     evaluation: Evaluation
 
     def summary(self) -> dict[str, Any]:
-        """Means over instances with their intervals, group by group, as JSON holds them."""
+        """Return means over instances with their 95% intervals, group by group, as JSON holds them."""
         rows = []
         for i, (group, chance) in enumerate(zip(self.groups, self.chance)):
             values = {name: getattr(self, name)[:, i] for name in ("correct", "exact", "nll", "written")}
@@ -51,13 +53,13 @@ class TaskAccuracy:
         return {"source": self.source, "unit": self.unit, "instances": len(self.correct), "groups": rows}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The outcomes as arrays by name, to be kept."""
+        """Return the outcomes as arrays by name, for saving."""
         outcomes = {name: getattr(self, name) for name in ("correct", "exact", "nll", "written")}
         return outcomes | {f"evaluation_{name}": value for name, value in vars(self.evaluation).items()}
 
     @classmethod
     def of(cls, task: Task, arrays: Any) -> "TaskAccuracy":
-        """What `arrays` kept, of all of a task's groups."""
+        """Rebuild the outcomes on all of a task's groups from the arrays that `arrays` gave."""
         evaluation = Evaluation(**{name: arrays[f"evaluation_{name}"] for name in ("nll", "correct", "tokens", "bytes")})
         chance = [task.chance(group) for group in task.groups]
         outcomes = {name: arrays[name] for name in ("correct", "exact", "nll", "written")}
@@ -80,17 +82,23 @@ def task_accuracy(
 ) -> TaskAccuracy:
     """Ask a model held-out questions, the same ones for the same seed.
 
-    Where worked steps are written, the model writes them itself, the most probable token each time, and its answer is what it ends with.
+    If the task has worked steps, the model writes them itself, greedily; its answer is the last token before the end.
 
     Args:
+        model: a PLTForCausalLM.
+        task: the task.
         loops: loop count; default: the model's.
-        groups: only these of the task's.
-        instances: of each group. Groups of one document share its number.
+        groups: only these groups of the task; default: all.
+        instances: number of documents for each group; a task that asks every group in one document shares them.
+        seed: seed of the questions.
         tokenizer: default: the task's own.
 
+    Returns:
+        outcomes per instance and group.
+
     Raises:
-        SourceError: a group that the task does not have; a tokenizer that cannot spell it, or is not the model's; a document longer than
-            the model is made for.
+        SourceError: the task has no such group; the tokenizer cannot spell the task, or is not the model's; a document is longer than
+            the model allows.
     """
     chosen = list(task.groups if groups is None else groups)
     for group in chosen:
@@ -163,7 +171,7 @@ def _check(model: Any, task: Task, asked: list[tuple[int, int | None, Encoded]])
 
 
 def _batches(asked: list[tuple[int, int | None, Encoded]]):
-    """Documents of similar length together."""
+    """Yield batches of documents of similar length."""
     ordered = sorted(asked, key=lambda item: len(item[2].input_ids), reverse=True)
     while ordered:
         count = max(1, ROW_TOKENS // len(ordered[0][2].input_ids))
@@ -172,8 +180,11 @@ def _batches(asked: list[tuple[int, int | None, Encoded]]):
 
 
 def _read(model: Any, documents: list[Encoded], loops: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of every place with a label: its loss in nats after every loop [R, B, T] and whether the last one is right [B, T], zeros elsewhere; where
-    labels are, and the groups of those that are answers [B, T]."""
+    """Compute losses and correctness at every label.
+
+    Returns nll [R, B, T], the loss in nats after every loop, and right [B, T], whether the last loop is right, both zero
+    elsewhere; asked [B, T], where labels are; groups [B, T], the groups of labels that are answers.
+    """
     T = len(documents[0].input_ids)  # the longest
     ids, labels, groups = (
         np.stack(
@@ -188,19 +199,20 @@ def _read(model: Any, documents: list[Encoded], loops: int | None) -> tuple[np.n
     asked[:, 0] = False
     # Padding comes after the text, so no real token sees it and no mask is needed.
     inputs = torch.from_numpy(ids[:, :-1]).long().to(model.device)
-    places = torch.from_numpy(asked[:, 1:]).to(model.device)
-    targets = torch.from_numpy(labels[:, 1:]).long().to(model.device)[places]
+    labelled = torch.from_numpy(asked[:, 1:]).to(model.device)
+    targets = torch.from_numpy(labels[:, 1:]).long().to(model.device)[labelled]
     states = model.model(inputs, use_cache=False, num_loops=loops).loop_states
     nll_RBT, right_BT = np.zeros((len(states), *groups.shape)), np.zeros(groups.shape, dtype=bool)
     for loop, states_BTD in enumerate(states):
-        logits = model.lm_head(states_BTD[places]).float()
+        logits = model.lm_head(states_BTD[labelled]).float()
         nll_RBT[loop, asked] = F.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
     right_BT[asked] = (logits.argmax(-1) == targets).cpu().numpy()
     return nll_RBT, right_BT, asked, groups
 
 
 def _write(model: Any, documents: list[Encoded], loops: int | None, tokenizer: Any) -> list[tuple[bool, int]]:
-    """Let the model write: whether what it ends with is the answer, and how many tokens it wrote."""
+    """Let the model write greedily. Returns, per document, whether its last token is the answer, and how many tokens it
+    wrote."""
     prompts = [document.input_ids[: document.prompt] for document in documents]
     T = max(map(len, prompts))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -211,7 +223,7 @@ def _write(model: Any, documents: list[Encoded], loops: int | None, tokenizer: A
     output = model.generate(
         torch.from_numpy(ids).long().to(model.device),
         attention_mask=torch.from_numpy(mask).long().to(model.device),
-        max_new_tokens=2 * longest,  # a model that writes twice as much as it takes has not answered
+        max_new_tokens=2 * longest,  # a model that writes twice as much as needed has not answered
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,

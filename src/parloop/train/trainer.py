@@ -1,4 +1,4 @@
-"""transformers' Trainer for PLTs: loop counts by step, shards, checkpoints for any number of processes, and a stop for runs that are lost."""
+"""transformers' Trainer for PLTs: a loop count per step, shards, checkpoints for any number of processes, and a stop when a run diverges."""
 
 import functools
 import math
@@ -21,23 +21,23 @@ from .sharding import barrier, free_gathered, is_sharded, main_process, mean_ove
 
 
 class LoopedTraining:
-    """Mixin of Trainers for PLTs. It goes before Trainer, or a subclass of it, among the bases."""
+    """Mixin of Trainers for PLTs. List it before Trainer, or a subclass of Trainer, among the bases."""
 
-    loop_counts: list[int] | None = None  # several: another one at every step
-    branch_scale: float = 1.0  # of the learning rate of projections into the residual stream
-    stream: Any = None  # the loader of a mixture, whose place in the data is saved
+    loop_counts: list[int] | None = None  # if set, one of them is drawn at every step
+    branch_scale: float = 1.0  # factor on the learning rate of projections into the residual stream
+    stream: Any = None  # the loader of a mixture, whose cursors are saved
 
     def __init__(self, *args: Any, **kwargs: Any):
         arguments: TrainingArguments = kwargs["args"]
         wanted = arguments.save_strategy
-        # Trainer refuses to save what it could not resume, the optimizer of a model that is sharded. Ours can be.
+        # Trainer refuses to save a sharded optimizer, which it could not resume. This class can.
         arguments.save_strategy = SaveStrategy.NO
         super().__init__(*args, **kwargs)
         arguments.save_strategy = wanted
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)  # type: ignore[attr-defined]
         self.sharded = is_sharded(self.model)  # type: ignore[attr-defined]
-        self.step_loss = 0.0  # of this process's micro-batches so far
+        self.step_loss = 0.0  # sum over this process's micro-batches of the step so far
         self.first_loss: float | None = None
         self.recent: deque[float] = deque(maxlen=20)
 
@@ -45,16 +45,16 @@ class LoopedTraining:
         if self.loop_counts is not None:
             inputs = inputs | {"num_loops": drawn_loops(self.loop_counts, self.args.seed, self.state.global_step)}
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self.step_loss = self.step_loss + loss  # micro-batches come as shares of the step's mean
+        self.step_loss = self.step_loss + loss  # a micro-batch's loss is its share of the step's mean
         if self.accelerator.sync_gradients:
             if self.sharded:
                 free_gathered(self.model)
-            self._stop_if_lost(mean_over_processes(self.step_loss))
+            self._stop_if_diverged(mean_over_processes(self.step_loss))
             self.step_loss = 0.0
         return loss
 
-    def _stop_if_lost(self: Any, value: float) -> None:
-        """By the loss of a whole step over all processes, so that all of them stop together."""
+    def _stop_if_diverged(self: Any, value: float) -> None:
+        """Raise if the loss of a step diverges. `value` is the mean over all processes, so that all of them stop together."""
         remedy = "Lower learning_rate, or lengthen warmup_share; the last checkpoint, if there is one, is kept."
         if not math.isfinite(value):
             raise TrainingDivergedError(f"the loss is {value} at step {self.state.global_step + 1}. {remedy}")
@@ -73,13 +73,13 @@ class LoopedTraining:
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        # Adapters are matrices all, and torch cannot restore a group without parameters.
+        # All adapters are matrices, so the group without decay is empty, and torch cannot restore an empty group.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         if self.branch_scale != 1.0:
             slow = {id(p) for name, p in self.model.named_parameters() if name.endswith(INTO_THE_STREAM)}
             for group in list(optimizer.param_groups):
                 chosen = [p for p in group["params"] if id(p) in slow]
-                if chosen:  # decay stays what it was, relative to the weights
+                if chosen:  # decay per step stays the same, relative to the weights
                     group["params"] = [p for p in group["params"] if id(p) not in slow]
                     smaller = {
                         "lr": group["lr"] * self.branch_scale,
@@ -99,11 +99,11 @@ class LoopedTraining:
 
     def _save_rng_state(self: Any, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        barrier()  # what follows says that the checkpoint is whole
+        barrier()  # trainer_state.json, written next, marks the checkpoint as complete
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         folder = Path(output_dir)
-        if self.stream is not None:  # before the optimizer, whose saving ends on all processes together
+        if self.stream is not None:  # before the optimizer, whose saving synchronises all processes
             self.stream.save(folder)
         save_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, folder)
 
@@ -121,18 +121,18 @@ class PLTTrainer(LoopedTraining, Trainer):
     objective: Objective = staticmethod(next_token)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Trainer calls what it is given, and takes the loss of the output. Validation losses are of the next token always.
+        # Trainer calls what it is given, and takes the output's loss. Validation always uses the next-token loss.
         objective = self.objective if model.training else next_token
         return super().compute_loss(functools.partial(objective, model), inputs, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def drawn_loops(counts: list[int], seed: int, step: int) -> int:
-    """The loop count of a step. It depends on nothing else, so that all processes and resumed runs agree."""
+    """Return the loop count of a step. It depends on nothing else, so that all processes and resumed runs agree."""
     return counts[0] if len(counts) == 1 else random.Random(f"{seed}-{step}").choice(counts)
 
 
 def training_arguments(settings: RunSettings, output: Path, steps: int, processes: int = 1, **more: Any) -> dict[str, Any]:
-    """The fields of TrainingArguments (of transformers or of TRL) that settings give."""
+    """Return keyword arguments for TrainingArguments (of transformers or of TRL) from a recipe's settings."""
     rows = settings.batch_size // processes
     cuda = uses_cuda(settings)
     layers = settings.gradient_checkpointing in ("layer", "both")
@@ -156,7 +156,7 @@ def training_arguments(settings: RunSettings, output: Path, steps: int, processe
         "use_cpu": not cuda,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        # Gradients are scattered after every micro-batch: to wait would take a whole gradient in float32 on every process.
+        # Gradients are scattered after every micro-batch: waiting would take a whole float32 gradient on every process.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": processes > 1}},
         "activation_checkpointing": layers,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if layers else None,

@@ -1,4 +1,4 @@
-"""The verb: a recipe becomes a model in a folder, on text or on conversations, in one process or in as many as a launcher starts."""
+"""The verb `train`: run a recipe, on text or conversations, into a folder, in one process or in as many as a launcher starts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +32,9 @@ def train(
     Args:
         recipe: a recipe, the name of a shipped one, or a file.
         output: the folder. Default: runs/train/RECIPE-rR.
-        changes: fields of a recipe that is named, and their values.
-        corpus: the prepared corpus of a training on text, if it is at hand; else it is loaded or made.
+        changes: new values for fields of a recipe that is given by name or file.
+        corpus: the prepared corpus for training on text; default: it is loaded from the cache, or prepared.
+        console: where progress is printed; default: the standard error.
         on_step: called after every step with its number and loss; default: a progress bar on `console`.
         fresh: delete what is in the folder and start over.
 
@@ -41,12 +42,12 @@ def train(
         the result. training.json in the folder holds the same.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe or on other text, or what is read; there is no such device; the text
-            is too short for a step; a step cannot be divided among the processes; recipe and checkpoint do not fit; of conversations,
-            TRL or peft is not installed.
+        RecipeError: the folder holds a run of another recipe or on other text, or an input of this one; there is no such device; the
+            text is too short for a step; the processes cannot share a step evenly; recipe and checkpoint do not fit; for
+            conversations, TRL or peft is not installed.
         SourceError: there is no text or no conversation, or the checkpoint has no chat template.
-        OutputError: the folder cannot be written, holds something else than a run, or another command works in it.
-        CheckpointError: the checkpoint to go on from cannot be read.
+        OutputError: the folder cannot be written, holds something other than a run, or another command works in it.
+        CheckpointError: the checkpoint to continue cannot be read.
         TrainingDivergedError: the loss is not a number, or far above its start.
     """
     changes = changes or {}
@@ -61,13 +62,13 @@ def train(
             raise SourceError(f"{error} (recipe {name!r})") from error
     if output is None or changes:
         raise RecipeError(
-            "a recipe that has no name needs an output folder, and is changed with dataclasses.replace, not with changes."
+            "a recipe object needs an output folder, and is changed with dataclasses.replace, not with `changes`."
         )
     return _train(recipe, Path(output), corpus, console, on_step, fresh)
 
 
 def default_folder(name: str, recipe: Recipe | ChatRecipe) -> Path:
-    """Return runs/train/RECIPE, with the loop counts behind it where the recipe has some."""
+    """Return runs/train/RECIPE, followed by the loop counts if the recipe has some."""
     counts = recipe.loop_counts or []
     return Path("runs/train", Path(name).stem + ("-r" + "-".join(map(str, counts)) if counts else ""))
 
@@ -80,7 +81,7 @@ def _train(
     on_step: Callable[[int, float], None] | None,
     fresh: bool,
 ) -> TrainingResult:
-    # What cannot be trained is found out before anything is written, or deleted.
+    # Refuse what cannot be trained before anything is written or deleted.
     if isinstance(recipe, ChatRecipe):
         from . import finetune
 

@@ -1,4 +1,4 @@
-"""Tasks on which depth shows: sources made on the fly, named `task:NAME` with options behind commas, as in `task:s5,form=all,length=8`."""
+"""Tasks that need depth: sources generated on the fly, named `task:NAME`, with options after commas, as in `task:s5,form=all,length=8`."""
 
 from ...errors import SourceError
 from .encode import Encoded, Encoder, TaskRows, digest_of
@@ -26,15 +26,15 @@ __all__ = [
 
 
 def is_task(source: str) -> bool:
-    """Whether a source is a task."""
+    """Return whether a source is a task."""
     return source.startswith(PREFIX)
 
 
 def task_of(source: str) -> Task:
-    """The task that a source names.
+    """Return the task that a source names.
 
     Raises:
-        SourceError: no such task, an unknown option, or a value that does not fit.
+        SourceError: there is no such task, an option is unknown, or its value is out of bounds.
     """
     name, *options = source.removeprefix(PREFIX).split(",")
     if name not in TASKS:

@@ -1,7 +1,7 @@
-"""Documents of a task as tokens: by its own tokenizer, whose tokens are its symbols, or by one that is given.
+"""Documents of a task as tokens, by the task's own tokenizer, whose tokens are its symbols, or by a given one.
 
-Labels stand where transformers' models want them: the label of a token is predicted at the token before it. So what must be said after a
-symbol is the label of the next place, also where the next symbol is another one.
+Labels follow the convention of transformers: the label at a position is predicted at the position before. So the answer that is due after
+a symbol is the label of the next position, even if the next symbol is a different one.
 """
 
 import hashlib
@@ -14,19 +14,19 @@ from torch.utils.data import Dataset
 from ...errors import SourceError
 from .task import EOS_ID, HELD_OUT, NO_TARGET, SPECIAL, TRAIN, Document, Task
 
-IGNORED = -100  # the label of tokens that nothing is asked at
-TRIED = 64  # documents that must fit into a row before training begins
+IGNORED = -100  # label of positions without an answer
+TRIED = 64  # documents that are checked to fit into a row before training begins
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document between its borders, `<bos> .. <eos>`.
+    """A tokenized document, `<bos> .. <eos>`.
 
     Attributes:
         input_ids: int32 [n].
         labels: int32 [n]; IGNORED where nothing is asked.
-        groups: int32 [n], the group of the answer that is the label; 0 elsewhere.
-        prompt: tokens that are given when the model writes the rest itself; n - 1 where it writes nothing.
+        groups: int32 [n], group of the answer that is the label; 0 elsewhere.
+        prompt: number of tokens that are given if the model writes the rest itself; n - 1 if it writes nothing.
     """
 
     input_ids: np.ndarray
@@ -39,7 +39,7 @@ class Encoder:
     """Encodes the documents of a task.
 
     Raises:
-        SourceError: the tokenizer cannot spell the task: it does not know a symbol, joins two of them into one token, or takes several
+        SourceError: the tokenizer cannot spell the task: it does not know a symbol, merges two symbols into one token, or needs several
             tokens for an answer.
     """
 
@@ -58,28 +58,28 @@ class Encoder:
         input_ids = np.array([self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
         labels, groups = np.full(len(input_ids), IGNORED, dtype=np.int32), np.zeros(len(input_ids), dtype=np.int32)
         asked = np.flatnonzero(document.targets != NO_TARGET)
-        places = ends[asked] + 1
+        positions = ends[asked] + 1
         if self.is_own:
-            labels[places], groups[places] = document.targets[asked], document.groups[asked]
+            labels[positions], groups[positions] = document.targets[asked], document.groups[asked]
         else:
-            for i, place in zip(asked, places):
-                if self.task.is_written and document.targets[i] != EOS_ID:  # it is read next, with a space before it perhaps
-                    place = ends[i + 1]
-                    labels[ends[i] + 1 : place + 1] = input_ids[ends[i] + 1 : place + 1]
+            for i, position in zip(asked, positions):
+                if self.task.is_written and document.targets[i] != EOS_ID:  # the answer comes next, perhaps after a space
+                    position = ends[i + 1]
+                    labels[ends[i] + 1 : position + 1] = input_ids[ends[i] + 1 : position + 1]
                 else:
-                    labels[place] = self._token_of(int(document.targets[i]))
-                groups[place] = document.groups[i]
+                    labels[position] = self._token_of(int(document.targets[i]))
+                groups[position] = document.groups[i]
         return Encoded(input_ids, labels, groups, int(ends[document.prompt - 1]) + 1)
 
     def _tokens(self, document: Document) -> tuple[list[int], np.ndarray]:
-        """Token ids of a document's text, and of each symbol how many of them there are up to its end."""
+        """Return the token ids of a document's text, and for each symbol the number of tokens up to its end."""
         symbols = self.task.symbols_of(document)
         text, starts = self.task.join(symbols)
         try:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         except (
             Exception
-        ) as error:  # tokenizers has no kinds of errors; this is one of whole words, without one for unknown words
+        ) as error:  # tokenizers raises plain Exception; here from a word-level vocabulary without an unknown token
             raise self._error(f"does not know a symbol of it ({error})") from error
         begins, stops = (np.array(offsets) for offsets in zip(*encoded["offset_mapping"]))
         symbol_ends = np.array([start + len(symbol) for start, symbol in zip(starts, symbols)])
@@ -94,7 +94,7 @@ class Encoder:
         return encoded["input_ids"], ends
 
     def _token_of(self, target: int) -> int:
-        """The token that says a symbol: what is left of its tokens without those of spaces."""
+        """Return the one token of a symbol, without tokens of spaces around it."""
         if target not in self._spelled:
             symbol = self.task.symbols[target - len(SPECIAL)]
             text = f"{symbol} {symbol}"
@@ -112,24 +112,29 @@ class Encoder:
     def _error(self, what: str) -> SourceError:
         name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
         return SourceError(
-            f"tokenizer {name!r} {what}, so it cannot spell {self.task.source!r}: leave the tokenizer out, and the task's own is used."
+            f"tokenizer {name!r} {what}, so it cannot spell {self.task.source!r}: leave the tokenizer out to use the task's own."
         )
 
 
 def digest_of(task: Task) -> str:
-    """What identifies a task's documents: a hash of its options and of the first of them, which a change of how they are made shows in."""
+    """Return a hash that identifies a task's documents. It covers the options and the first documents, so it changes if
+    their generation does."""
     texts = [task.text(task.document(number, split)) for split in (TRAIN, HELD_OUT) for number in range(4)]
     return hashlib.sha256("\n".join([task.source, *texts]).encode()).hexdigest()
 
 
 class TaskRows(Dataset):
-    """Rows of `length` tokens, each of whole documents one after another: input_ids, labels and position_ids (from 0 in every
-    document), int32 [length]. Row i is the same whenever it is asked for, and no document is in two rows. What a row has left over is
-    padding that is never a label.
+    """Rows of whole documents: input_ids, labels and position_ids (from 0 in every document), int32 [length].
+
+    Row i is always the same, and no document is in two rows. The rest of a row is padding, which is never a label.
 
     Args:
-        count: rows there are.
-        seed: of the documents.
+        task: the task.
+        tokenizer: the task's own tokenizer, or another that can spell it.
+        length: tokens per row.
+        count: number of rows.
+        split: TRAIN or HELD_OUT.
+        seed: seed of the documents.
 
     Raises:
         SourceError: a document is longer than a row; the tokenizer cannot spell the task.

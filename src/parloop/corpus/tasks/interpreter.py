@@ -1,8 +1,8 @@
-"""Runs the programs of `task:run` without running them: an interpreter of the few parts of Python that they are made of.
+"""Interpreter for the programs of `task:run`: the few parts of Python that they use.
 
-Nothing is compiled or executed. What is not listed here is refused, numbers and lists stay small, and every expression and
-statement counts as a step, of which there is a limit; so a program ends soon, on every machine at the same point. (A limit in
-seconds would make documents depend on the machine.)
+Python itself never compiles or executes them. Every other construct is refused, numbers and lists stay small, and the number of steps
+(expressions and statements) is limited, so a program ends soon, and on every machine at the same point. (A limit in seconds would make
+documents depend on the machine.)
 """
 
 import ast
@@ -14,7 +14,7 @@ MAX_CHARACTERS = 4000
 MAX_STEPS = 5000
 MAX_NUMBER = 10**9
 MAX_LIST = 100
-MAX_CALLS = 10  # of functions within functions
+MAX_CALLS = 10  # depth of nested calls
 BUILT_IN = ("print", "range", "len")
 
 OPERATORS: dict[type, Callable[[int, int], int]] = {
@@ -35,17 +35,17 @@ Value = int | list[int]
 
 
 class ProgramError(Exception):
-    """A program that stops with an error, takes too long, or uses what is not known here."""
+    """The program stops with an error, takes too long, or uses an unknown construct."""
 
 
 @dataclass
 class Execution:
-    """What a program did.
+    """Record of a program's execution.
 
     Attributes:
         printed: the numbers printed, in order.
-        assigned: (name, value) of every assignment outside functions, loop variables included, in order; a list whole.
-        steps: expressions and statements that were evaluated.
+        assigned: (name, value) of every assignment outside functions, loop variables included, in order; for a list, all its items.
+        steps: number of expressions and statements that were evaluated.
     """
 
     printed: list[int] = field(default_factory=list)
@@ -54,10 +54,10 @@ class Execution:
 
 
 def run_program(text: str, max_steps: int = MAX_STEPS) -> Execution:
-    """Run a program.
+    """Interpret a program.
 
     Raises:
-        ProgramError: it is not of the kind that is known here, stops with an error, or takes more than `max_steps`.
+        ProgramError: it uses an unknown construct, stops with an error, or takes more than `max_steps`.
     """
     if len(text) > MAX_CHARACTERS:
         raise ProgramError(f"a program of {len(text)} characters is longer than {MAX_CHARACTERS}.")
@@ -78,6 +78,7 @@ class _Interpreter:
         self.done = Execution()
 
     def run(self, tree: ast.Module) -> Execution:
+        """Interpret a module."""
         self._block(tree.body)
         self.done.steps = self.max_steps - self.left
         return self.done
@@ -143,7 +144,7 @@ class _Interpreter:
                     raise ProgramError(f"it takes more than {self.max_steps} steps.")
                 return list(range(count))
             case _:
-                return self._list(iterable, self.names)  # itself: what the loop changes in it, the loop sees
+                return self._list(iterable, self.names)  # no copy: the loop sees its own changes to the list
 
     def _test(self, test: ast.expr) -> bool:
         self._step()
@@ -202,7 +203,7 @@ class _Interpreter:
     def _list(self, expression: ast.expr, names: dict[str, Value]) -> list[int]:
         value = self._value(expression, names)
         if not isinstance(value, list):
-            raise ProgramError(f"{ast.unparse(expression)!r} is no list.")
+            raise ProgramError(f"{ast.unparse(expression)!r} is not a list.")
         return value
 
     def _index(self, items: list[int], expression: ast.expr, names: dict[str, Value]) -> int:
@@ -214,7 +215,7 @@ class _Interpreter:
 
 def _as_number(value: Value) -> int:
     if isinstance(value, list):
-        raise ProgramError("a list stands where a number is needed.")
+        raise ProgramError("a list where a number is needed.")
     return value
 
 

@@ -1,8 +1,8 @@
-"""Small random Python programs, and what they print.
+"""Small random Python programs, and the numbers that they print.
 
 After Zaremba and Sutskever, "Learning to execute" (arXiv 1410.4615), with worked steps as in Nye et al., "Show your work: scratchpads for
 intermediate computation with language models" (arXiv 2112.00114). Programs are correct by construction: every name is assigned before it is
-read on every path, lists keep their three items, loops end. They are run by our own interpreter only.
+read on every path, lists keep their three items, loops end. Only our own interpreter runs them.
 """
 
 import ast
@@ -18,7 +18,7 @@ from .task import EOS_ID, HELD_OUT, NO_TARGET, Document, Task, option
 
 INDENT = "    "
 NAMES, LIST, LOOPS, FUNCTION, PARAMETER = "abcd", "s", "ij", "f", "x"
-ITEMS = 3  # of a list
+ITEMS = 3  # per list
 ANSWER, STEPS_END = "#", "->"
 KEYWORDS = ("if", "else", "for", "in", "def", "return")
 SYMBOLS = (
@@ -26,19 +26,19 @@ SYMBOLS = (
     *KEYWORDS, "range", "print", ANSWER, STEPS_END, "\n", INDENT,
 )  # fmt: skip
 SYMBOL = r"\n| {4}|[a-z]+|[0-9]+|==|->|[^\sa-z0-9]"
-MAX_ASSIGNED = 24  # assignments that a program makes, and so worked steps
-DRAWS = 10_000  # of a program until one fits its level, which takes a few dozen at most
+MAX_ASSIGNED = 24  # assignments that a program makes at run time, and so worked steps
+DRAWS = 10_000  # attempts to draw a program of its level, of which it takes a few dozen at most
 
 
 @dataclass(frozen=True)
 class Level:
-    """What programs of a level have.
+    """Difficulty of programs.
 
     Attributes:
-        statements: without prints.
-        nesting: how deep blocks are nested, functions aside.
-        parts: which of list, if, for and function there may be.
-        chance: how frequent the most frequent answer is, 0: of 20,000 programs.
+        statements: number of statements, without prints.
+        nesting: depth of nested blocks, functions aside.
+        parts: constructs that may occur, among list, if, for and function.
+        chance: share of the most frequent answer, 0, in 20,000 programs.
     """
 
     statements: int
@@ -59,16 +59,18 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Run(Task):
-    """A program is followed by `print(a) #`, and the answer is what is printed, a number from 0 to 9. Groups are levels: 2, 4, .. 12 statements,
-    with lists from level 2, `if` from 3, `for` from 4, a function from 5, and blocks within blocks at 6. In training every variable is
-    printed. With `trace` every assignment that is made is written before the answer: `print(a) # b 4 a 7 -> 7`.
+    """Running programs without an interpreter.
+
+    A program is followed by `print(a) #`, and the answer is the printed number, from 0 to 9. Groups are levels: 2, 4, .. 12 statements,
+    with lists from level 2, `if` from 3, `for` from 4, a function from 5, and nested blocks at 6. In training every variable is printed. With
+    `trace` every assignment is written before the answer: `print(a) # b 4 a 7 -> 7`.
     """
 
     name: ClassVar[str] = "run"
     unit: ClassVar[str] = "level"
     pattern: ClassVar[str] = SYMBOL
     levels: int = option(6, "levels of difficulty, from 1", at_least=1, at_most=len(LEVELS))
-    trace: bool = option(False, "write what is assigned before the answer")
+    trace: bool = option(False, "write all assignments before the answer")
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -127,7 +129,8 @@ class Run(Task):
         return text, starts
 
     def decoder(self) -> decoders.Decoder:
-        """Spaces between symbols, and then not where Python has none. (An indentation goes through this as a tab.)"""
+        """Return a decoder that puts spaces between symbols where Python has them. (An indentation goes through it as a
+        tab.)"""
         replaced = [
             (" \n", "\n"),
             (" \t", "\t"),
@@ -150,12 +153,12 @@ CALLED = ("range", "print", FUNCTION)
 
 
 def symbols_of(text: str) -> list[str]:
-    """A program's text as symbols."""
+    """Return a program's text as symbols."""
     return re.findall(SYMBOL, text)
 
 
 def trace_of(execution: Execution) -> list[str]:
-    """Worked steps: each assignment that was made, as the name and the value, of a list all items."""
+    """Return the worked steps: each assignment in order, as the name and the value (all items of a list)."""
     steps = []
     for name, value in execution.assigned:
         steps += [name, *map(str, value if isinstance(value, list) else [value])]
@@ -163,7 +166,7 @@ def trace_of(execution: Execution) -> list[str]:
 
 
 def draw_program(rng: random.Random, level: Level) -> tuple[str, list[str], Execution]:
-    """A program of this level, the names it may print, the last one assigned first, and what it does when it is run."""
+    """Return a program of this level, the names it may print, the last one assigned first, and its execution."""
     for _ in range(DRAWS):
         writer = _Writer(rng, level)
         writer.program()
@@ -179,7 +182,8 @@ def draw_program(rng: random.Random, level: Level) -> tuple[str, list[str], Exec
 
 
 def measures(program: str) -> dict[str, int]:
-    """How difficult a program is: its statements, how deep its blocks are nested (functions aside), the assignments it makes."""
+    """Return measures of a program's difficulty: statements, nesting of blocks (functions aside), and assignments at run
+    time."""
     tree = ast.parse(program)
 
     def depth(statements: list[ast.stmt]) -> int:
@@ -200,8 +204,8 @@ class _Writer:
         self.rng, self.level = rng, level
         self.left = level.statements
         self.lines: list[str] = []
-        self.names: list[str] = []  # variables that are assigned on every path so far
-        self.loops: list[str] = []  # variables of the loops around this place
+        self.names: list[str] = []  # variables assigned on every path so far
+        self.loops: list[str] = []  # variables of the enclosing loops
         self.has_list = self.has_function = False
         self.last = ""
         self.nesting = 0
@@ -280,7 +284,8 @@ class _Writer:
         return f"({self.operation(known)}) % 10"
 
     def operation(self, known: str) -> str:
-        """Of two different operands, and such that no result is more frequent than others: factors have no divisor in common with ten."""
+        """Draw an operation on two different operands, such that no result is more frequent than others: factors are
+        coprime to ten."""
         sign = self.rng.choice("+-*")
         if sign == "*":
             return f"{known} * {self.rng.choice((3, 7, 9))}"

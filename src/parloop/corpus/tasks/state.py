@@ -1,12 +1,12 @@
-"""State tracking: what a sequence of operations has come to, asked after every one of them.
+"""State tracking: the state that a sequence of operations leads to, asked after every operation.
 
 Input and answer at each position, as in Liu et al., "Transformers learn shortcuts to automata" (arXiv 2210.10749), and Merrill et al.,
-"The illusion of state in state-space models" (arXiv 2404.08819). A model of constant depth does parity of any length only with weights
-that grow with it, and products of permutations of five, a group that is not solvable, not at all unless TC0 = NC1; so where a trained
-model stops says how deep it is.
+"The illusion of state in state-space models" (arXiv 2404.08819). A model of constant depth computes parity of any length only with weights
+that grow with it. Permutations of five items form a group that is not solvable, so it cannot compute their products at all unless
+TC0 = NC1. The length at which a trained model fails therefore measures its depth.
 
-A held-out document is EIGHT times as long as a trained one, and its first part, as long as those, is none of them; of short
-beginnings there are too few for that (every sequence of eight bits is seen in training).
+A held-out document is EIGHT times as long as a training document. Its beginning of that length is not a training document; shorter beginnings
+cannot be held out, because there are too few (every sequence of eight bits occurs in training).
 """
 
 import itertools
@@ -19,19 +19,21 @@ import numpy as np
 
 from .task import HELD_OUT, SPECIAL, Document, Task, option
 
-LONGER = 8  # times the trained length
+LONGER = 8  # length of held-out documents over that of training documents
 PERMUTATIONS = tuple(itertools.permutations(range(5)))
 ARRANGEMENTS = tuple("".join(str(i + 1) for i in permutation) for permutation in PERMUTATIONS)
 NUMBER = {permutation: number for number, permutation in enumerate(PERMUTATIONS)}
-# PRODUCT[x, y]: the arrangement x after its items are moved as y says, item y[i] to place i.
+# PRODUCT[x, y]: arrangement x after moving its items by y, item y[i] to position i.
 PRODUCT = np.array([[NUMBER[tuple(x[i] for i in y)] for y in PERMUTATIONS] for x in PERMUTATIONS])
 ADJACENT_SWAPS = tuple(sorted(NUMBER[tuple({i: i + 1, i + 1: i}.get(j, j) for j in range(5))] for i in range(4)))
 
 
 @dataclass(frozen=True)
 class RunningTask(Task):
-    """A state that every symbol changes; each is followed by the state after it. Groups are lengths: the group of an answer is the next
-    one of a quarter, a half, three quarters, 1, 2, 4 and 8 times the trained length."""
+    """A state that every symbol changes; the answer after each symbol is the new state.
+
+    Groups are lengths: an answer's position is rounded up to a quarter, a half, three quarters, 1, 2, 4 or 8 times the trained length.
+    """
 
     unit: ClassVar[str] = "length"
     longer: ClassVar[int] = LONGER
@@ -39,11 +41,12 @@ class RunningTask(Task):
 
     @property
     def table(self) -> np.ndarray:
-        """[states, inputs]: the next state. State 0 is the first."""
+        """The transition table [states, inputs]: next state. State 0 is the first."""
         raise NotImplementedError
 
     @cached_property
     def table_rows(self) -> list[list[int]]:
+        """The transition table as lists."""
         return self.table.tolist()
 
     @property
@@ -57,7 +60,7 @@ class RunningTask(Task):
 
     @cached_property
     def group_of(self) -> np.ndarray:
-        """int32 [8 * length]: the group of every position."""
+        """Group of every position, int32 [8 * length]."""
         return np.repeat(self.groups, np.diff(self.groups, prepend=0)).astype(np.int32)
 
     def chance(self, group: int) -> float:
@@ -65,7 +68,7 @@ class RunningTask(Task):
         return float(np.mean(self._most_frequent()[begin:group]))
 
     def _most_frequent(self) -> np.ndarray:
-        """How frequent the most frequent state is at every position."""
+        """Return the share of the most frequent state at every position."""
         table = self.table
         share, most = np.eye(len(table))[0], []
         for _ in range(LONGER * self.length):
@@ -90,13 +93,13 @@ class RunningTask(Task):
 
     @cached_property
     def input_ids(self) -> np.ndarray:
-        """int32 [inputs]: the ids of the symbols that are read."""
+        """Ids of the input symbols, int32 [inputs]."""
         return np.arange(self.table.shape[1], dtype=np.int32) + len(SPECIAL)
 
 
 @dataclass(frozen=True)
 class Parity(RunningTask):
-    """Running parity of bits: after each, whether the ones so far are odd. `0 1 1 0` has the answers `0 1 0 0`."""
+    """Running parity of bits: after each, whether the number of ones so far is odd. `0 1 1 0` has the answers `0 1 0 0`."""
 
     name: ClassVar[str] = "parity"
     length: int = option(32, "bits of a training document; held-out ones have 8 times as many", at_least=16, at_most=4096)
@@ -112,15 +115,19 @@ class Parity(RunningTask):
 
 @dataclass(frozen=True)
 class S5(RunningTask):
-    """Running product of permutations of five: how five items are arranged after every rearrangement. `21345` swaps the first two places;
-    `21345 13245` has the answers `21345 23145`."""
+    """Running product of permutations of five items: their arrangement after every permutation.
+
+    `21345` swaps the first two items; `21345 13245` has the answers `21345 23145`.
+    """
 
     name: ClassVar[str] = "s5"
     length: int = option(
         16, "permutations of a training document; held-out ones have 8 times as many", at_least=8, at_most=4096
     )
     form: str = option(
-        "swaps", "swaps: of two neighbours, the easier form; all: any of the 120 permutations", choices=("swaps", "all")
+        "swaps",
+        "swaps: only swaps of two neighbours, the easier form; all: any of the 120 permutations",
+        choices=("swaps", "all"),
     )
 
     @property
@@ -129,6 +136,7 @@ class S5(RunningTask):
 
     @property
     def inputs(self) -> tuple[int, ...]:
+        """Numbers of the permutations that occur as input."""
         return ADJACENT_SWAPS if self.form == "swaps" else tuple(range(len(PERMUTATIONS)))
 
     @property

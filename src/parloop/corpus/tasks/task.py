@@ -1,11 +1,11 @@
-"""What a task is: documents made from a number, split by content, with the answers that count and the group each belongs to.
+"""Base class of tasks: documents generated from a number, split by content, with their answers and each answer's group.
 
-A document has symbols that a model reads, and after some of them a target: what it must say there. Answers of `parity`, `s5`, `hops` and
-`run` are said and not written: the next symbol that is read is the next one of the question, so that no answer gives a later one
-away and many can be asked of one text. With `trace`, worked steps and the answer are written, and the model reads what it wrote.
+A document has symbols that a model reads, and after some of them a target that it must predict there. Answers of `parity`, `s5`, `hops` and
+`run` are predicted but not written: the next symbol that the model reads is the next one of the question, so that no answer gives away a
+later one and a document can ask many. With `trace`, worked steps and the answer are written, and the model reads what it wrote.
 
-Training and held-out documents share none: a document belongs to the split that the hash of its content says (the bits, the
-table, the program), and is drawn anew until that is the one wanted.
+No document is in both splits: the hash of its content (the bits, the table, the program) decides the split, and content is drawn again
+until the split is the wanted one.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from ..tokenizer import BOS, EOS, PAD
 
 PREFIX = "task:"
 TRAIN, HELD_OUT = "train", "held-out"
-HELD_OUT_SHARE = 1 / 8  # of all contents there are
-ATTEMPTS = 1000  # draws for a document of a split, which takes 8 in the mean where it takes most
+HELD_OUT_SHARE = 1 / 8  # of all possible contents
+ATTEMPTS = 1000  # draws for a document of a split; a held-out one takes 8 on average
 SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2 of a task's own tokenizer; symbols follow
 EOS_ID = SPECIAL.index(EOS)
 NO_TARGET = -1
 
 
 def option(default: Any, doc: str, at_least: int | None = None, at_most: int | None = None, choices: tuple[str, ...] = ()):
-    """A field of a task that can be set in the source."""
+    """Return a field of a task that a source can set."""
     return field(default=default, metadata={"doc": doc, "at_least": at_least, "at_most": at_most, "choices": choices})
 
 
@@ -44,10 +44,10 @@ class Document:
     """One document, in a task's own ids.
 
     Attributes:
-        ids: int32 [n], the symbols that are read, without borders.
-        targets: int32 [n], what must be said after each; NO_TARGET: nothing is asked.
-        groups: int32 [n], the group of an answer; 0 where the target is a worked step, or there is none.
-        prompt: how many symbols are given when the model writes the rest itself; n where it writes nothing.
+        ids: int32 [n], the symbols that the model reads, without <bos> and <eos>.
+        targets: int32 [n], the symbol to predict after each; NO_TARGET where nothing is asked.
+        groups: int32 [n], group of an answer; 0 where the target is a worked step, or there is none.
+        prompt: number of symbols that are given if the model writes the rest itself; n if it writes nothing.
     """
 
     ids: np.ndarray
@@ -57,18 +57,18 @@ class Document:
 
     @classmethod
     def of(cls, ids: Any, targets: Any, groups: Any, prompt: int) -> "Document":
-        """From sequences of numbers."""
+        """Make a document from sequences of numbers."""
         return cls(*(np.asarray(values, dtype=np.int32) for values in (ids, targets, groups)), prompt=prompt)  # type: ignore[misc, arg-type]
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task with its options; the fields are what a source can set."""
+    """A task with its options. The fields are the options that a source can set."""
 
     name: ClassVar[str]
-    unit: ClassVar[str]  # what groups are numbers of
-    pattern: ClassVar[str] = r"\S+"  # of one symbol in a text
-    longer: ClassVar[int] = 1  # times the length of training documents that held-out ones have
+    unit: ClassVar[str]  # unit of the groups
+    pattern: ClassVar[str] = r"\S+"  # regular expression of one symbol in a text
+    longer: ClassVar[int] = 1  # length of held-out documents over that of training documents
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -84,36 +84,36 @@ class Task(ABC):
 
     @property
     def source(self) -> str:
-        """The task as a source, options that are not at their default included."""
+        """The task as a source, with the options that are not at their default."""
         given = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return PREFIX + ",".join([self.name, *(name if value is True else f"{name}={value}" for name, value in given)])
 
     @property
     @abstractmethod
     def symbols(self) -> tuple[str, ...]:
-        """All symbols there are; the first has id 3 in the task's own tokenizer."""
+        """All symbols; the first has id 3 in the task's own tokenizer."""
 
     @property
     @abstractmethod
     def groups(self) -> tuple[int, ...]:
-        """The groups that held-out answers fall into, easiest first."""
+        """The groups of held-out answers, easiest first."""
 
     @property
     def trained_groups(self) -> tuple[int, ...]:
-        """Those that training has answers of."""
+        """The groups whose answers occur in training."""
         return self.groups
 
     @abstractmethod
     def chance(self, group: int) -> float:
-        """Share of a group's answers that are right if the most frequent one is always given, unread."""
+        """Return the share of a group's answers that are right if the most frequent one is always given."""
 
     @abstractmethod
     def draw(self, rng: random.Random, split: str, group: int | None) -> tuple[str, Any]:
-        """The content of a document, which decides its split, and what `write` makes the document from."""
+        """Draw the content of a document, which decides its split, and the data that `write` makes the document from."""
 
     @abstractmethod
     def write(self, drawn: Any) -> Document:
-        """The document of what was drawn."""
+        """Return the document for the data that `draw` returned."""
 
     @property
     def is_written(self) -> bool:
@@ -127,15 +127,20 @@ class Task(ABC):
 
     @property
     def content_options(self) -> str:
-        """The task without what changes how a document is written and not what it is about: both forms have the same documents."""
+        """The task without options that change only how a document is written: both forms have the same documents."""
         return (dataclasses.replace(self, trace=False) if self.is_written else self).source  # type: ignore[call-arg]
 
     def document(self, number: int, split: str = TRAIN, seed: int = 0, group: int | None = None) -> Document:
-        """The document of this number, the same one whenever it is asked for.
+        """Return the document with this number, always the same one.
 
         Args:
-            split: TRAIN or HELD_OUT. Held-out ones may be longer.
-            group: of what group, where a document is of one. None: of any, each as often.
+            number: number of the document.
+            split: TRAIN or HELD_OUT. Held-out documents may be longer.
+            seed: seed of the documents.
+            group: group of the document, for tasks whose documents have one; None: any, equally often.
+
+        Raises:
+            SourceError: too few different documents exist to hold some out.
         """
         for attempt in range(ATTEMPTS):
             rng = random.Random(f"{self.content_options} {seed} {split} {number} {group} {attempt}")
@@ -146,19 +151,19 @@ class Task(ABC):
 
     @cached_property
     def id_of(self) -> dict[str, int]:
-        """Symbol -> id in the task's own tokenizer."""
+        """Ids in the task's own tokenizer: symbol -> id."""
         return {symbol: id for id, symbol in enumerate(self.symbols, len(SPECIAL))}
 
     def symbols_of(self, document: Document) -> list[str]:
-        """What is read, as symbols."""
+        """Return a document's symbols."""
         return [self.symbol(id) for id in document.ids]
 
     def symbol(self, id: int) -> str:
-        """What an id of the task's own tokenizer stands for."""
+        """Return the symbol of an id of the task's own tokenizer."""
         return (*SPECIAL, *self.symbols)[id]
 
     def join(self, symbols: list[str]) -> tuple[str, list[int]]:
-        """The text of symbols, and where each of them begins in it."""
+        """Return the text of symbols, and the index in it at which each symbol begins."""
         starts, at = [], 0
         for symbol in symbols:
             starts.append(at)
@@ -166,15 +171,15 @@ class Task(ABC):
         return " ".join(symbols), starts
 
     def text(self, document: Document) -> str:
-        """What is read, as text."""
+        """Return a document's text."""
         return self.join(self.symbols_of(document))[0]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The task's own tokenizer: one token for each symbol."""
+        """Return the task's own tokenizer: one token per symbol."""
         vocabulary = {symbol: id for id, symbol in enumerate((*SPECIAL, *self.symbols))}
         tokenizer = Tokenizer(
             models.WordLevel(vocabulary, unk_token="<|unknown|>")
-        )  # not in it: an unknown symbol is an error
+        )  # the unknown token is not in the vocabulary, so an unknown symbol is an error
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(self.pattern), behavior="removed", invert=True)
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
         decoder = self.decoder()
@@ -190,21 +195,21 @@ class Task(ABC):
         )
 
     def decoder(self) -> decoders.Decoder | None:
-        """How tokens become text again. None: with spaces between them."""
+        """Return the decoder from tokens to text; None: join them with spaces."""
         return None
 
 
 def is_held_out(content: str) -> bool:
-    """Whether a document with this content is held out of training."""
+    """Return whether a document with this content is held out of training."""
     digest = hashlib.sha256(content.encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 def parse_options(kind: type[Task], given: list[str], source: str) -> Task:
-    """A task of this kind with the options that a source sets, each NAME=VALUE, or NAME for what is on or off.
+    """Return a task of this kind with the options of a source, each NAME=VALUE, or NAME for a switch.
 
     Raises:
-        SourceError: an unknown option, or a value that does not fit.
+        SourceError: an option is unknown, or its value is out of bounds.
     """
     hints = typing.get_type_hints(kind)
     known = {f.name: f.metadata["doc"] for f in dataclasses.fields(kind)}

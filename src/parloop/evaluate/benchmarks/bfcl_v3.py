@@ -1,6 +1,6 @@
 """Berkeley Function-Calling Leaderboard, version 3: calls of functions that are described to the model, single, parallel and over turns.
 
-bfcl-eval's present release scores version 4, whose data are others; 2025.8.6.2 is the last of version 3.
+bfcl-eval's current release scores version 4, which has other data; 2025.8.6.2 is the last release with version 3.
 """
 
 import json
@@ -16,15 +16,17 @@ CATEGORIES = (*NON_LIVE, *LIVE, *MULTI_TURN)
 
 
 def key(job: Job) -> str:
-    """bfcl's name of the model becomes part of a Python identifier that it evaluates: letters, digits and dashes."""
+    """Return bfcl's name of the model, with letters, digits and dashes only: bfcl makes it a part of a Python identifier."""
     return "m-" + "".join(c if c.isalnum() else "-" for c in job.model) + ("-FC" if job.settings["mode"] == "FC" else "")
 
 
 def categories(job: Job) -> list[str]:
+    """Return the categories to run."""
     return list(job.settings["categories"]) or list(CATEGORIES)
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: answers and scores."""
     driver = [job.python("bfcl"), str(job.drivers / "bfcl_driver.py")]
     sampling = {name: job.settings[name] for name in ("top_p", "max_tokens", "seed")} | {"timeout": 600}
     own = {
@@ -39,14 +41,14 @@ def steps(job: Job) -> list[Step]:
     which = ["--model", key(job), "--test-category", ",".join(categories(job))]
     asked = ["--temperature", str(job.settings["temperature"]), "--num-threads", str(job.settings["threads"])]
     return [
-        # bfcl evaluates the calls of a conversation, also while it generates.
+        # bfcl also executes calls while it generates, in conversations.
         Step("answers", [*driver, "generate", *which, *asked], sandbox="online", environment=own),
         Step("scores", [*driver, "evaluate", *which], sandbox="offline", server=False, environment=own),
     ]
 
 
 def prepare(job: Job) -> None:
-    """Answers that are errors of the server's would count, some of them as right: ask again."""
+    """Remove answers that are errors of the server, so that they are asked again: some would count as right."""
     for path in (job.work / "result" / key(job)).glob("*_result.json"):
         rows = read_lines(path)
         kept = [row for row in rows if "traceback" not in row]
@@ -55,6 +57,7 @@ def prepare(job: Job) -> None:
 
 
 def parse(job: Job) -> Outcome:
+    """Read accuracies of the categories, and which items are right."""
     accuracy: dict[str, float] = {}
     counts: dict[str, int] = {}
     items: dict[str, float] = {}
@@ -82,7 +85,7 @@ def parse(job: Job) -> Outcome:
 
 
 def overall(accuracy: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-    """Version 3's number: the mean of three groups, of which the live one counts items and the others categories."""
+    """Return version 3's number: the mean of three groups; the live group weights its categories by their items."""
     a = accuracy
     non_live = mean([mean(a[c] for c in SIMPLE), *(a[c] for c in NON_LIVE if c not in SIMPLE)])
     live = sum(a[c] * counts[c] for c in LIVE) / sum(counts[c] for c in LIVE)

@@ -1,4 +1,4 @@
-"""BigCodeBench: Python tasks that call many libraries. Its own scripts generate, and score in its image, which has the libraries."""
+"""BigCodeBench: Python tasks that call many libraries. Its own scripts generate, and score in its image, which holds the libraries."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ IMAGE = "bigcodebench/bigcodebench-evaluate:latest"
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: problems, answers and scores."""
     s, tool = job.settings, job.bins["bigcodebench"]
     own = {"HOME": str(job.work), "OPENAI_API_KEY": "none"}
     given = {"BIGCODEBENCH_OVERRIDE_PATH": str(job.data)} if job.data else {}
@@ -61,6 +62,7 @@ def steps(job: Job) -> list[Step]:
 
 
 def samples(job: Job) -> Path:
+    """Return the file of answers that bigcodebench writes."""
     name, split, subset = job.model.replace("/", "--"), job.settings["split"], job.settings["subset"]
     which = split if subset == "full" else f"{subset}-{split}"
     return job.work / "answers" / f"{name}--main--bigcodebench-{which}--openai-0-1-sanitized_calibrated.jsonl"
@@ -71,11 +73,13 @@ def _result(job: Job, ending: str) -> Path:
 
 
 def prepare(job: Job) -> None:
-    for ending in ("_eval_results.json", "_pass_at_k.json"):  # it would ask on the terminal what to do with them
+    """Delete earlier scores."""
+    for ending in ("_eval_results.json", "_pass_at_k.json"):  # bigcodebench would ask on the terminal what to do with them
         _result(job, ending).unlink(missing_ok=True)
 
 
 def parse(job: Job) -> Outcome:
+    """Read which tasks pass, and how many of its own solutions do."""
     path = _result(job, "_eval_results.json")
     if not path.exists():
         return Outcome({}, problems=["bigcodebench left no scores: see scores.log"])
@@ -89,7 +93,7 @@ def parse(job: Job) -> Outcome:
     problems = []
     if own < 0.99:
         problems.append(
-            f"its own solutions pass {own:.0%} of their tests only, so the libraries are not all there: pull {IMAGE} again"
+            f"only {own:.0%} of its own solutions pass their tests, so libraries are missing: pull {IMAGE} again"
         )
     return Outcome(
         items,

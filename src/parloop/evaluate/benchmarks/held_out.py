@@ -1,8 +1,8 @@
-"""Bits per byte of held-out code, by lm-eval: a model's loss in the tool that others measure with.
+"""Bits per byte of held-out code, by lm-eval, the tool in common use.
 
-The text is what the checkpoint's training held out (its recipe.yaml says), or that of `--data FILE.jsonl` with a column `text`. Of a model that was
-trained on a task it is the answers to held-out questions, one of each group for each document, and the share of them that is the
-likeliest text is told beside chance.
+The text is what the checkpoint's training held out (by its recipe.yaml), or `--data FILE.jsonl` with a column `text`. For a model that was
+trained on a task, the text is the answers to held-out questions, one of each group per document; the share of answers that are the
+likeliest text is reported beside chance.
 """
 
 import json
@@ -41,6 +41,7 @@ metadata: {{version: 1}}
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the step that runs lm-eval."""
     s = job.settings
     common = [
         "--include_path",
@@ -60,7 +61,7 @@ def steps(job: Job) -> list[Step]:
         model = {
             "pretrained": job.checkpoint,
             "backend": "causal",
-            "add_bos_token": _task_of(job) is not None,  # a text is read from its prefix token on, a question is not
+            "add_bos_token": _task_of(job) is not None,  # lm-eval adds a prefix token to a text, but not to a question
             "softmax_dtype": "float32",
             "dtype": s["dtype"],
             "max_length": s["length"],
@@ -85,7 +86,7 @@ def steps(job: Job) -> list[Step]:
 
 
 def prepare(job: Job) -> None:
-    """The task and its text."""
+    """Write lm-eval's task and its text."""
     texts = job.work / "held_out.jsonl"
     (job.work / "task").mkdir(parents=True, exist_ok=True)
     if not texts.exists():
@@ -104,7 +105,7 @@ def prepare(job: Job) -> None:
 
 
 def _task_of(job: Job) -> Any:
-    """The task that the checkpoint was trained on, unless another text is given."""
+    """Return the task that the checkpoint was trained on, unless another text is given."""
     from ...corpus.tasks import is_task, task_of
 
     recipe = None if job.data or job.checkpoint is None else _recipe_of(job.checkpoint)
@@ -112,7 +113,7 @@ def _task_of(job: Job) -> Any:
 
 
 def _recipe_of(checkpoint: str) -> Any:
-    """The recipe that a checkpoint was trained on text by, if that is known."""
+    """Return the recipe that trained a checkpoint on text, or None if it is not known."""
     from ...train import Recipe, load_recipe
 
     file = Path(checkpoint, "recipe.yaml")
@@ -121,7 +122,8 @@ def _recipe_of(checkpoint: str) -> Any:
 
 
 def questions(task: Any, documents: int) -> list[dict[str, Any]]:
-    """Held-out questions of a task: question, answer, group and chance. Where worked steps are written, they are part of the answer."""
+    """Return held-out questions of a task: question, answer, group and chance. Worked steps, if the task has them, are
+    part of the answer."""
     from ...corpus.tasks import HELD_OUT
 
     rows = []
@@ -141,7 +143,8 @@ def questions(task: Any, documents: int) -> list[dict[str, Any]]:
 
 
 def held_out_texts(job: Job) -> list[str]:
-    """The beginnings of documents that the checkpoint's training held out; without a recipe, of the standard library's."""
+    """Return the beginnings of documents that the checkpoint's training held out; without a recipe, of the standard
+    library's."""
     from ...corpus import load_corpus
     from ...train import Recipe
 
@@ -154,10 +157,10 @@ def held_out_texts(job: Job) -> list[str]:
 
 
 def resolve(job: Job) -> None:
-    """Windows as long as the model allows, at most 2048 tokens; a GPU if there is one.
+    """Set windows as long as the model allows, at most 2048 tokens, and a GPU if there is one.
 
     Raises:
-        EvaluationError: a server is asked, and its tokenizer or the text is not known.
+        EvaluationError: the model is at a server, and its tokenizer or the text is not given.
     """
     import torch
 
@@ -178,7 +181,7 @@ def resolve(job: Job) -> None:
 
 
 def memory_gb(job: Job) -> float:
-    """The weights of a checkpoint in a folder, in the type that they are loaded in, and a little more."""
+    """Return the GB of a checkpoint folder's weights, in the dtype that they are loaded in, plus a margin."""
     import torch
 
     from ...checkpoints import load_config
@@ -192,6 +195,7 @@ def memory_gb(job: Job) -> float:
 
 
 def parse(job: Job) -> Outcome:
+    """Read the losses of the documents."""
     files = sorted((job.work / "out").rglob("samples_held_out_*.jsonl"), key=lambda path: path.stat().st_mtime)
     if not files:
         return Outcome({}, problems=["lm-eval left no samples: see losses.log"])
@@ -223,7 +227,7 @@ def parse(job: Job) -> Outcome:
 
 
 def _exact_matches(task: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of every group, the share of answers, in percent, that are the likeliest text."""
+    """Return the share of answers, in percent, that are the likeliest text, for every group."""
     parts = {}
     for group in task.groups:
         right = [bool(row["acc"]) for row in rows if row["doc"]["group"] == group]

@@ -8,6 +8,7 @@ ENVIRONMENT = Environment("evalplus")
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: problems, answers and scores."""
     driver = [job.python("evalplus"), str(job.drivers / "evalplus_driver.py")]
     root = ["--model", job.key, "--dataset", "humaneval", "--root", str(job.work / "answers")]
     own = {"XDG_CACHE_HOME": str(job.work / "cache"), "OPENAI_API_KEY": "none", "PARLOOP_MODEL": job.model}
@@ -46,19 +47,22 @@ def steps(job: Job) -> list[Step]:
 
 
 def answers(job: Job):
+    """Return the file of answers that evalplus writes."""
     return job.work / "answers" / "humaneval" / f"{job.key}_openai_temp_0.0.jsonl"
 
 
 def prepare(job: Job) -> None:
-    # evalplus gives an old score again, even of other problems.
+    """Delete earlier scores, which evalplus would return again, even for other problems."""
     scores(job).unlink(missing_ok=True)
 
 
 def scores(job: Job):
+    """Return the file of scores that evalplus writes."""
     return answers(job).with_name(answers(job).stem + "_eval_results.json")
 
 
 def parse(job: Job) -> Outcome:
+    """Read which problems pass all tests, and which pass HumanEval's."""
     if not scores(job).exists():
         return Outcome({}, problems=["evalplus left no scores: see scores.log"])
     items, base = {}, {}

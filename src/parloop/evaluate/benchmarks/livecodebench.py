@@ -1,7 +1,7 @@
-"""LiveCodeBench: problems of programming contests after a date. Our client asks with its prompt, its own scorer judges.
+"""LiveCodeBench: problems of programming contests after a date. Our client asks with its prompt, and its own scorer judges.
 
-It is not on PyPI and its runner knows a fixed list of models, so `--data livecodebench=FOLDER` holds a checkout of its repository, LiveCodeBench/,
-and its problems, data.jsonl (test.jsonl, test2.jsonl .. of its data set, one after the other).
+It is not on PyPI and its runner knows only a fixed list of models, so `--data livecodebench=FOLDER` holds a checkout of its repository,
+LiveCodeBench/, and its problems, data.jsonl (test.jsonl, test2.jsonl .. of its data set, concatenated).
 """
 
 import json
@@ -29,13 +29,14 @@ WITHOUT = (
 
 
 def messages(problem: dict) -> list[dict[str, str]]:
-    """LiveCodeBench's own prompt for chat models."""
+    """Return LiveCodeBench's own prompt for chat models."""
     form = WITH_CODE.format(**problem) if problem.get("starter_code") else WITHOUT
     user = f"### Question:\n{problem['question_content']}\n\n{form}### Answer: (use the provided format with backticks)\n\n"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: answers, programs and scores."""
     s, work = job.settings, job.work
     asked = client_command(job)
     collect = [sys.executable, "-m", "parloop.evaluate.benchmarks.livecodebench", str(work), str(s["samples"])]
@@ -76,20 +77,20 @@ def _data(job: Job) -> Path:
 
 
 def commit(checkout: Path) -> str:
-    """Of the scorer and the prompts."""
-    if not (checkout / ".git").exists():  # else git would look in the folders above
+    """Return the commit of the scorer and the prompts."""
+    if not (checkout / ".git").exists():  # otherwise git would search the parent folders
         return "an unknown commit"
     done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or "an unknown commit"
 
 
 def prepare(job: Job) -> None:
-    """The problems of the window, in the scorer's order, and their prompts."""
+    """Write the problems of the window, in the scorer's order, and their prompts."""
     job.work.mkdir(parents=True, exist_ok=True)
     start, end = job.settings["start_date"], job.settings["end_date"]
     kept = []
     with (_data(job) / "data.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:  # tens of kilobytes each, and hundreds
+        for line in lines:  # hundreds of lines of tens of kilobytes
             problem = json.loads(line)
             if start <= problem["contest_date"][:10] <= end:
                 kept.append(problem)
@@ -102,19 +103,20 @@ def prepare(job: Job) -> None:
 
 
 def collect(work: Path, samples: int) -> None:
-    """The programs in the answers, in the scorer's format: every problem, as many samples of each."""
+    """Write the programs in the answers in the scorer's format: every problem, with the same number of samples."""
     programs: dict[str, list[str]] = {task["id"]: [] for task in read_lines(work / "tasks.jsonl")}
     for row in sorted(read_lines(work / "answers.jsonl"), key=lambda row: row["sample"]):
         programs[row["id"]].append(code_of(row["text"]))
     short = [name for name, codes in programs.items() if len(codes) != samples]
     if short:
-        sys.exit(f"{len(short)} problems have fewer than {samples} answers, {short[0]} for one")
+        sys.exit(f"{len(short)} problems have fewer than {samples} answers, for instance {short[0]}")
     (work / "out.json").write_text(
         json.dumps([{"question_id": name, "code_list": codes} for name, codes in programs.items()]), encoding="utf-8"
     )
 
 
 def parse(job: Job) -> Outcome:
+    """Read which programs pass."""
     path = job.work / "out_codegeneration_output_eval_all.json"
     if not path.exists():
         return Outcome({}, problems=["the scorer left nothing: see scores.log"])

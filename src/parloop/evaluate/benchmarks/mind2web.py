@@ -1,4 +1,4 @@
-"""Mind2Web: the next action on a web page, chosen among candidate elements. inspect-evals' task."""
+"""Mind2Web: the next action on a web page, chosen among candidate elements, by inspect-evals' task."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, readi
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the step that runs inspect, or continues its last log."""
     s = job.settings
     command = [
         str(job.bins["inspect"] / "inspect"),
@@ -41,7 +42,9 @@ def steps(job: Job) -> list[Step]:
         "XDG_DATA_HOME": str(job.work / "share"),
     }
     folder = None
-    if s["task"] != TASK:  # a file of our own: takes no split, and inspect wants its name relative to where it runs
+    if (
+        s["task"] != TASK
+    ):  # a task file of our own has no split, and inspect needs its name relative to the working directory
         folder, name = Path(s["task"]).absolute().parent, Path(s["task"]).name
         command[2] = name
         command = command[: command.index("-T")] + command[command.index("-T") + 2 :]
@@ -61,7 +64,7 @@ def steps(job: Job) -> list[Step]:
 
 
 def newest(job: Job) -> Path | None:
-    """The last log that can be read."""
+    """Return the last readable log."""
     for path in sorted((job.work / "logs").glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if "samples" in json.loads(path.read_text(encoding="utf-8")):
@@ -72,6 +75,7 @@ def newest(job: Job) -> Path | None:
 
 
 def parse(job: Job) -> Outcome:
+    """Read the scores of the samples."""
     path = newest(job)
     if path is None:
         return Outcome({}, problems=["inspect left no log: see answers.log"])

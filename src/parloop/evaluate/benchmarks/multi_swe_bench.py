@@ -1,7 +1,7 @@
-"""Multi-SWE-bench: 1,632 issues in seven languages; the other reading of the paper's column "Multi-SWE".
+"""Multi-SWE-bench: 1,632 issues in seven languages; the other interpretation of the paper's column "Multi-SWE".
 
-It only grades. mini-swe-agent works in its images, one run per repository since each has a folder of its own in them, and its predictions are
-converted. `--data multi_swe_bench=FOLDER` has the data set's rows in dataset.jsonl.
+The tool only grades. mini-swe-agent works in its images, one run per repository since the images hold each in a folder of its own, and its
+predictions are converted. `--data multi_swe_bench=FOLDER` has the data set's rows in dataset.jsonl.
 """
 
 import json
@@ -15,6 +15,7 @@ AGENT, GRADER = Environment("mini-swe-agent"), Environment("multi-swe-bench")
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: the agent for each repository, patches and grades."""
     convert = [sys.executable, "-m", "parloop.evaluate.agents", str(job.work / "agent/preds.json"), str(patches(job))]
     grade = [
         job.python("multi-swe-bench"),
@@ -41,6 +42,11 @@ def steps(job: Job) -> list[Step]:
 
 
 def rows(job: Job) -> list[dict]:
+    """Return the data set's rows.
+
+    Raises:
+        EvaluationError: they are not given.
+    """
     if job.data is None or not (job.data / "dataset.jsonl").exists():
         raise EvaluationError(
             "multi_swe_bench needs its data set's rows in a file: --data multi_swe_bench=FOLDER, with dataset.jsonl (docs/evaluation.md)."
@@ -49,10 +55,12 @@ def rows(job: Job) -> list[dict]:
 
 
 def patches(job: Job):
+    """Return the file of converted predictions."""
     return job.work / "patches.jsonl"
 
 
 def prepare(job: Job) -> None:
+    """Write the agent's tasks and the grader's configuration."""
     forget_failed(job)
     write_config(job)
     for name in ("tasks", "graded", "repositories", "report", "logs"):
@@ -97,6 +105,7 @@ def prepare(job: Job) -> None:
 
 
 def parse(job: Job) -> Outcome:
+    """Read which instances are resolved, and the leaks."""
     predicted, failed, looked = predictions(job), unfinished(job), leaks(job)
     parts = {
         "leaks": {name: [hit.to_dict() for hit in hits] for name, hits in looked.items()},
@@ -109,7 +118,7 @@ def parse(job: Job) -> Outcome:
         return Outcome({}, parts=parts, problems=["multi-swe-bench left no report: see grades.log"])
     with reading(path):
         report = json.loads(path.read_text(encoding="utf-8"))
-        # Its own total counts folders; ours are the instances that were tried.
+        # Its own total counts folders; we count the instances that were tried.
         resolved = {name.replace("/", "__").replace(":pr-", "-") for name in report["resolved_ids"]}
         parts |= {"errors": report["error_instances"]}
         if predicted and not report["completed_ids"]:

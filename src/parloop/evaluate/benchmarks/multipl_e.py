@@ -1,7 +1,7 @@
-"""MultiPL-E: HumanEval in other languages. Our client asks for whole programs, its image runs them.
+"""MultiPL-E: HumanEval in other languages. Our client asks for whole programs, and its image runs them.
 
-Its own chat script asks through DSPy and takes any answer in another form for an empty one; so the prompt is ours, and said to be.
-`--data multipl_e=FOLDER` has a file LANGUAGE.jsonl per language instead of the Hub's data set.
+Its own chat script asks through DSPy and counts any answer in another form as empty; so the prompt is ours, and results say so.
+`--data multipl_e=FOLDER` has a file LANGUAGE.jsonl per language, in place of the Hub's data set.
 """
 
 import gzip
@@ -19,6 +19,7 @@ SOURCE = "nuprl/MultiPL-E"
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the steps: answers, programs and scores."""
     work = job.work
     asked = client_command(job)
     collect = [sys.executable, "-m", "parloop.evaluate.benchmarks.multipl_e", str(work)]
@@ -42,6 +43,7 @@ def steps(job: Job) -> list[Step]:
 
 
 def prepare(job: Job) -> None:
+    """Write the problems and their prompts."""
     job.work.mkdir(parents=True, exist_ok=True)
     problems, tasks = [], []
     for language in job.settings["languages"]:
@@ -63,6 +65,11 @@ def prepare(job: Job) -> None:
 
 
 def problems_of(job: Job, language: str) -> list[dict]:
+    """Return the problems in a language.
+
+    Raises:
+        EvaluationError: they cannot be loaded.
+    """
     if job.data is not None:
         path = job.data / f"{language}.jsonl"
         if not path.exists():
@@ -79,7 +86,7 @@ def problems_of(job: Job, language: str) -> list[dict]:
 
 
 def collect(work: Path) -> None:
-    """A file per problem, as the image reads them: programs are whole, so there is no prompt before them."""
+    """Write a file per problem, in the image's format: programs are whole, so no prompt goes before them."""
     problems = {row["id"]: row for row in read_lines(work / "problems.jsonl")}
     answers: dict[str, list[str]] = {name: [] for name in problems}
     for row in read_lines(work / "answers.jsonl"):
@@ -100,6 +107,7 @@ def collect(work: Path) -> None:
 
 
 def parse(job: Job) -> Outcome:
+    """Read which programs pass, by language."""
     items: dict[str, float] = {}
     by_language: dict[str, list[float]] = {}
     for path in sorted((job.work / "programs").rglob("*.results.json.gz")):

@@ -1,6 +1,7 @@
 """SWE-bench: real issues of real repositories, solved by an agent. mini-swe-agent works, swebench grades, both in containers.
 
-Verified is 500 Python tasks, Multilingual 300 tasks in nine languages, which is the paper's column "Multi-SWE" to some, see docs/evaluation.md.
+Verified has 500 Python tasks, Multilingual 300 tasks in nine languages. The latter may be the paper's column "Multi-SWE", see
+docs/evaluation.md.
 """
 
 import json
@@ -13,13 +14,12 @@ DATASETS = {"verified": "SWE-bench/SWE-bench_Verified", "multilingual": "SWE-ben
 
 
 def steps(job: Job) -> list[Step]:
-    # The agent would take a short name, too, for a copy elsewhere; the grader's module takes none.
+    """Return the steps: the agent and its grades."""
+    # The agent knows short names, for copies elsewhere; the grader's module knows none.
     subset = str(job.data) if job.data else DATASETS.get(job.settings["subset"], job.settings["subset"])
     agent = agent_step(job, subset)
     if job.settings["environment"] != "docker":
-        return [
-            agent
-        ]  # cannot be set, but for tests of the agent: what it did here cannot be graded in swebench's containers
+        return [agent]  # only tests of the agent set it: work on this machine cannot be graded in swebench's containers
     command = [
         job.python("swebench"),
         "-m",
@@ -39,12 +39,14 @@ def steps(job: Job) -> list[Step]:
 
 
 def prepare(job: Job) -> None:
+    """Prepare the agent, and a folder for the grader's report."""
     forget_failed(job)
     write_config(job)
     (job.work / "report").mkdir(exist_ok=True)
 
 
 def parse(job: Job) -> Outcome:
+    """Read which instances are resolved, and the leaks."""
     predicted, failed, looked = predictions(job), unfinished(job), leaks(job)
     parts = {
         "leaks": {name: [hit.to_dict() for hit in hits] for name, hits in looked.items()},
@@ -59,7 +61,7 @@ def parse(job: Job) -> Outcome:
     with reading(reports[0]):
         report = json.loads(reports[0].read_text(encoding="utf-8"))
         resolved = set(report["resolved_ids"])
-        # What was not asked for is "incomplete" to swebench, which grades the whole data set.
+        # swebench grades the whole data set, and calls instances beyond the limit "incomplete".
         missing = [] if job.limit else report["incomplete_ids"]
         items = {name: float(name in resolved) for name in sorted({*predicted, *report["submitted_ids"], *missing})}
         total = min(job.limit or report["total_instances"], report["total_instances"])

@@ -1,4 +1,4 @@
-"""Terminal-Bench, the first data set: tasks in a terminal, in containers, by the agent terminus-2."""
+"""Terminal-Bench v1: tasks in a terminal, in containers, by the agent terminus-2."""
 
 import json
 
@@ -9,10 +9,11 @@ NO_TRIAL = {
     "unknown_agent_error",
     "agent_installation_failed",
     "unset",
-}  # the server's or the machine's failure, not the model's
+}  # failures of the server or the machine, not of the model
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the step that runs the trials."""
     s = job.settings
     command = [
         str(job.bins["terminal-bench"] / "tb"),
@@ -41,6 +42,7 @@ def steps(job: Job) -> list[Step]:
 
 
 def parse(job: Job) -> Outcome:
+    """Read which tasks are resolved."""
     path = job.work / "runs" / job.key / "results.json"
     if not path.exists():
         return Outcome({}, problems=["tb left no results: see trials.log"])
@@ -48,7 +50,9 @@ def parse(job: Job) -> Outcome:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         failed = [row["task_id"] for row in results if row["is_resolved"] is None or row.get("failure_mode") in NO_TRIAL]
     problems = (
-        [f"{len(failed)} of {len(results)} trials did not take place, {failed[0]} for one: see trials.log, and run it again"]
+        [
+            f"{len(failed)} of {len(results)} trials did not take place, for instance {failed[0]}: see trials.log, and run it again"
+        ]
         if failed
         else []
     )
@@ -58,7 +62,7 @@ def parse(job: Job) -> Outcome:
 
 
 def prepare(job: Job) -> None:
-    """A trial that has results is done for tb, also if it never took place; and tb goes on only with the settings in tb.lock."""
+    """Delete results of trials that never took place, since tb would not repeat them, and write the endpoint into tb.lock."""
     folder = job.work / "runs" / job.key
     move(folder.glob("tb.lock"), job.endpoint)
     for path in folder.glob("*/*/results.json"):

@@ -6,7 +6,7 @@ import shutil
 from ..benchmark import Benchmark, Environment, Job, Needs, Outcome, Step, reading
 from ..meter import move
 
-# In harbor's table of failures, those of the agent. After the server's it may grade all the same, and the reward says nothing of the model.
+# The agent's own failures in harbor's table. After a failure of the server harbor may still grade, but that reward says nothing about the model.
 AGENTS_OWN = {
     "AgentTimeoutError", "ContextWindowExceededError", "OutputTokenExceededError", "ContextLengthExceededError", "OutputLengthExceededError",
     "AgentSafetyRefusalError", "ContentPolicyViolationError",
@@ -14,6 +14,7 @@ AGENTS_OWN = {
 
 
 def steps(job: Job) -> list[Step]:
+    """Return the step that runs the trials, or continues them."""
     s = job.settings
     limits = json.dumps({"max_input_tokens": s["input_tokens"], "max_output_tokens": s["max_tokens"]})
     command = [
@@ -48,22 +49,24 @@ def steps(job: Job) -> list[Step]:
 
 
 def score(trial: dict) -> float | None:
-    """Its reward; None: it did not take place."""
+    """Return a trial's reward; None if it did not take place."""
     rewards = (trial.get("verifier_result") or {}).get("rewards") or {}
-    how = exception(trial)
-    if how not in (None, *AGENTS_OWN) or not (rewards or how):
+    failure = exception(trial)
+    if failure not in (None, *AGENTS_OWN) or not (rewards or failure):
         return None
     return float(rewards.get("reward", 0.0))
 
 
 def exception(trial: dict) -> str | None:
+    """Return the type of the exception that ended a trial, or None."""
     return (trial.get("exception_info") or {}).get("exception_type")
 
 
 def prepare(job: Job) -> None:
-    """A trial that has a result is done for harbor, also if it did not take place: `job resume -f ERROR` takes these folders away as well.
+    """Delete trials that did not take place, which harbor would not repeat (`job resume -f ERROR` deletes such folders
+    too).
 
-    It goes on only with the settings in its files.
+    The endpoint is written into harbor's files, since it continues only with the settings in them.
     """
     folder = job.work / "jobs" / job.key
     for path in folder.glob("*/result.json"):
@@ -77,6 +80,7 @@ def prepare(job: Job) -> None:
 
 
 def parse(job: Job) -> Outcome:
+    """Read the rewards of the trials."""
     items: dict[str, float] = {}
     failed = []
     for path in sorted((job.work / "jobs" / job.key).glob("*/result.json")):
@@ -88,7 +92,9 @@ def parse(job: Job) -> Outcome:
             else:
                 items[trial["task_name"]] = reward
     problems = (
-        [f"{len(failed)} trials did not take place, {failed[0]} for one: see trials.log, and run it again"] if failed else []
+        [f"{len(failed)} trials did not take place, for instance {failed[0]}: see trials.log, and run it again"]
+        if failed
+        else []
     )
     whole = job.work / "jobs" / job.key / "result.json"
     if whole.exists():

@@ -1,7 +1,7 @@
-"""bfcl with our model in its table: bfcl_driver.py generate|evaluate .. as the `bfcl` command.
+"""bfcl with our model in its table: bfcl_driver.py takes the arguments of the `bfcl` command, generate|evaluate ..
 
-PARLOOP_KEY is bfcl's name of the model, PARLOOP_MODEL the server's, PARLOOP_MODE FC or prompt, PARLOOP_SAMPLING more fields of every request as
-JSON. Runs in bfcl's environment, which lacks the clients of other vendors: modules of these become empty shells.
+PARLOOP_KEY is bfcl's name of the model, PARLOOP_MODEL the server's, PARLOOP_MODE FC or prompt, PARLOOP_SAMPLING further fields of every
+request as JSON. It runs in bfcl's environment, which lacks the clients of other vendors: their modules are replaced by empty ones.
 """
 
 import importlib.abc
@@ -38,7 +38,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.append(Finder())  # after the real ones: what is installed is used
+sys.meta_path.append(Finder())  # after the real finders, so that installed modules are used
 
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig  # noqa: E402
 from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler  # noqa: E402

@@ -1,4 +1,4 @@
-"""bigcodebench_driver.py OUT.jsonl SUBSET [N]: the problems (BIGCODEBENCH_OVERRIDE_PATH, or downloaded), as many as wanted."""
+"""bigcodebench_driver.py OUT.jsonl SUBSET [N]: write the first N problems (of BIGCODEBENCH_OVERRIDE_PATH, or downloaded)."""
 
 import json
 import os

@@ -1,10 +1,10 @@
-"""evalplus without its optional dependency, without the 20 seconds at its end, and without its endless loops on what cannot get better.
+"""evalplus without its optional dependency, without the 20 seconds at its end, and without endless retries of hopeless requests.
 
-    evalplus_driver.py problems OUT.jsonl [--limit N]     the problems (HUMANEVAL_OVERRIDE_PATH, or downloaded), as many as wanted
+    evalplus_driver.py problems OUT.jsonl [--limit N]     write the first N problems (of HUMANEVAL_OVERRIDE_PATH, or downloaded)
     evalplus_driver.py codegen ..                         as evalplus.codegen
     evalplus_driver.py evaluate ..                        as evalplus.evaluate
 
-PARLOOP_MODEL is the model's name at the server; --model only names files. Runs in evalplus's environment.
+PARLOOP_MODEL is the model's name at the server; --model only names files. It runs in evalplus's environment.
 """
 
 import functools
@@ -18,6 +18,7 @@ sys.modules.setdefault("datasets", types.SimpleNamespace(load_dataset=None))  # 
 
 
 def problems(out: str, *options: str) -> None:
+    """Write the problems."""
     from evalplus.data import get_human_eval_plus
     from evalplus.data.humaneval import HUMANEVAL_OVERRIDE_PATH
 
@@ -33,6 +34,7 @@ def problems(out: str, *options: str) -> None:
 
 
 def codegen() -> None:
+    """Generate, and exit at errors that no retry can cure."""
     import evalplus.codegen
     import evalplus.gen.util.openai_request as request
     import openai
@@ -60,6 +62,7 @@ def codegen() -> None:
 
 
 def evaluate() -> None:
+    """Score, without waiting for threads at the end."""
     import evalplus.evaluate
 
     evalplus.evaluate.threading = types.SimpleNamespace(Thread=functools.partial(threading.Thread, daemon=True))

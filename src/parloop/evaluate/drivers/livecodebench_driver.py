@@ -1,6 +1,6 @@
 """LiveCodeBench's own scorer without the hub, torch, vllm and datasets: livecodebench_driver.py REPOSITORY PROBLEMS.jsonl ARGUMENTS..
 
-ARGUMENTS are those of lcb_runner.runner.custom_evaluator. Runs in an environment with numpy, pandas and tqdm.
+ARGUMENTS are those of lcb_runner.runner.custom_evaluator. It runs in an environment with numpy, pandas and tqdm.
 """
 
 import json
@@ -16,6 +16,7 @@ datasets = types.ModuleType("datasets")
 
 
 def load_dataset(*_args, **_kwargs):
+    """Return the problems, in place of the Hub's data set."""
     with open(problems, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -24,7 +25,7 @@ datasets.load_dataset = load_dataset
 anthropic = types.ModuleType("anthropic")
 anthropic.HUMAN_PROMPT = anthropic.AI_PROMPT = ""
 sys.modules |= {"torch": torch, "datasets": datasets, "anthropic": anthropic}
-os.chdir(repository)  # its prompts open files of its folder
+os.chdir(repository)  # its prompts open files in this folder
 sys.path.insert(0, repository)
 sys.argv = ["custom_evaluator", *arguments]
 multiprocessing.set_start_method("fork")
