@@ -20,8 +20,10 @@ from parloop.bench import BenchResult, bench, measure, models, run_bench, settin
 from parloop.bench.measure import Block, expected_cache_bytes, fill_cache
 from parloop.bench.report import draw, write_report
 from parloop.bench.variants import PASS_PER_LOOP, Variant, decode_variants
+from parloop.checkpoints import load_model
 from parloop.errors import BenchError, CheckpointError, OutputError
 from parloop.folder import BENCH, claimed
+from parloop.quantize.quantization import quantize
 from parloop.timing import Spread
 from tests.helpers.models import tiny_config, tiny_model
 
@@ -81,6 +83,60 @@ def test_results_are_complete(measured):
         assert rows["R = 1"].over_one_loop == Spread(1, 1, 1)
         ratios = [a / b for a, b in zip(rows["R = 3"].ms_rounds, rows["R = 1"].ms_rounds)]
         assert rows["R = 3"].over_one_loop.median == pytest.approx(sum(ratios) / 2)
+
+
+def test_quantised_weights_are_lines_beside_the_plain_ones(tmp_path, monkeypatch):
+    """Compared with one loop on the same weights, and with the plain weights at the same loop count."""
+    seconds = iter(range(1, 10_000))
+    monkeypatch.setattr(measure, "timer", lambda: 1e-6 * next(seconds) ** 2)  # no two lines take equally long
+    changes = {"loops": [1, 2], "contexts": [6], "batch_sizes": [1], "repeats": 1, "weights": ["bf16", "int8", "int4+head"]}
+    result = run_bench(**(TINY | changes), output=tmp_path)
+    assert result.settings.weights == ("int8", "int4+head")
+    for block in result.blocks:
+        ms = {row.label: row.ms.median for row in block.rows}
+        own = [f"R = {n}, {name}" for name in ("int8", "int4+head") for n in (1, 2)]
+        assert list(ms)[-4:] == own
+        for row in block.rows:
+            plain, _, packed = row.label.partition(", int")
+            assert (row.over_plain is not None) == bool(packed)
+            if packed:
+                assert row.over_plain.median == pytest.approx(ms[row.label] / ms[plain])
+                assert row.over_one_loop.median == pytest.approx(ms[row.label] / ms[f"R = 1, int{packed}"])
+    (decode,) = (block for block in result.blocks if block.phase == "decode")
+    read = {row.label: row.weight_bytes for row in decode.rows}
+    assert read["R = 1, int4+head"] < read["R = 1, int8"] < read["R = 1"]
+    text = result.format(100)
+    assert "…" not in text
+    assert "over plain weights" in " ".join(text.split())
+    assert BenchResult.load(tmp_path) == result
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4+head"])
+def test_quantised_twins_hold_what_parloop_quantize_writes(weights, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 64, "attention_bias": True}
+    model = tiny_model(dtype=torch.bfloat16, **sizes)
+    model.save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "packed", bits=int(weights[3]), head="head" in weights)
+    expected, state = load_model(tmp_path / "packed", "cpu").state_dict(), models.packed_twin(model, weights).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    shared = [name for name in state if "weight_" not in name]
+    assert all(state[name].data_ptr() == model.state_dict()[name].data_ptr() for name in shared)
+
+
+def test_weights_that_cannot_be_measured(tmp_path):
+    for changes, message in (
+        ({"weights": ["int3"]}, "--weights 'int3' is unknown: use some of bf16, int8"),
+        ({"weights": ["int4"], "dtype": "float32"}, "--weights int4 with --dtype float32.*bfloat16 only"),
+    ):
+        with pytest.raises(BenchError, match=message):
+            run_bench(**(TINY | changes), output=tmp_path)
+    with pytest.raises(BenchError, match="layers have 48 inputs, which groups of 32 weights do not divide"):
+        models.packed_twin(tiny_model(dtype=torch.bfloat16), "int4")
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "packed", bits=8)
+    with pytest.raises(BenchError, match="is quantised already: leave --weights out"):
+        models.build(str(tmp_path / "packed"), None, "bfloat16", torch.device("cpu"), ["int4"])
 
 
 def test_the_result_is_in_the_folder_as_it_was_returned(measured):

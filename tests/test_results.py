@@ -92,7 +92,7 @@ def test_the_keys_of_a_bench(tmp_path, monkeypatch):
     monkeypatch.setattr("parloop.bench.settings.available_bytes", lambda device: 600_000)
     result = run_bench(
         shape="tiny", loops=[2], contexts=[2, 2000], prefill_lengths=[4], batch_sizes=[1], steps=2, repeats=1, device="cpu", threads=1,
-        read_bytes=2**16, output=tmp_path, console=Console(quiet=True),
+        read_bytes=2**16, weights=["int8"], output=tmp_path, console=Console(quiet=True),
     )  # fmt: skip
     check(result, "A bench")
 

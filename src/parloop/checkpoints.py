@@ -57,13 +57,16 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
 def check_weights(checkpoint: str | Path) -> None:
     """Check that the names and shapes of a checkpoint's weights match its config.json. Their values are not read.
 
-    Quantised checkpoints are not checked: other tools define their weights.
+    Of quantised checkpoints only those in the form of `parloop quantize` are checked.
 
     Raises:
         CheckpointError: they do not, or cannot be read.
     """
+    from .quantize.form import Scheme
+
     config = load_config(checkpoint)
-    if not any(hasattr(config, name) for name in ("quantization_config", "quantization")):  # the latter is MLX's
+    others = [name for name in ("quantization_config", "quantization") if hasattr(config, name)]  # the latter is MLX's
+    if not others or Scheme.of(getattr(config, "quantization_config", None)) is not None:
         load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, device_map="meta")
 
 
@@ -143,9 +146,10 @@ def _load_whole(checkpoint: str | Path, **options: Any) -> Any:
         )
     model, found = loaded
     refuse_other_weights(checkpoint, model.config, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
-    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    if model.config.tie_word_embeddings and head is not embedding and not head.is_meta:  # transformers ties equal tensors
-        raise other_head(checkpoint)
+    if model.config.tie_word_embeddings:
+        head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+        if head is not embedding and not head.is_meta:  # transformers ties equal tensors
+            raise other_head(checkpoint)
     return model
 
 

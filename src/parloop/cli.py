@@ -22,9 +22,18 @@ from .registration import too_old, when_imported
 
 VERBS = {  # verb -> name of the module in commands/ and of its function
     "study": "study", "train": "train", "diagnose": "diagnose", "generate": "generate", "convert": "convert", "export": "export",
-    "bench": "bench", "serve": "serve", "check": "check", "eval": "evaluate", "run": "run",
+    "quantize": "quantize", "bench": "bench", "serve": "serve", "check": "check", "eval": "evaluate", "run": "run",
 }  # fmt: skip
-MODEL_VERBS = {"bench", "convert", "diagnose", "export", "generate", "study", "train"}  # they need the model in transformers
+MODEL_VERBS = {
+    "bench",
+    "convert",
+    "diagnose",
+    "export",
+    "generate",
+    "quantize",
+    "study",
+    "train",
+}  # they need the model in transformers
 EXTRAS = {
     "bench": "study",
     "diagnose": "study",

@@ -33,6 +33,10 @@ class ExportError(ParloopError, ValueError):
     """A checkpoint that cannot be written in another format."""
 
 
+class QuantizeError(ParloopError, ValueError):
+    """A checkpoint that cannot be quantised."""
+
+
 class DiagnosisError(ParloopError, ValueError):
     """Something that cannot be diagnosed."""
 

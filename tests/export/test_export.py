@@ -13,6 +13,7 @@ from parloop.check.check import PROBE
 from parloop.errors import CheckpointError, ExportError
 from parloop.export import mlx
 from parloop.export.export import export
+from parloop.quantize.quantization import quantize
 from tests.helpers.models import tiny_model
 
 
@@ -103,3 +104,15 @@ def test_folders_that_cannot_be(tmp_path):
     for form, error in (("mlx", ExportError), ("gguf", CheckpointError)):
         with pytest.raises(error, match=r"'llama'.* not a PLT"):
             export(tmp_path / "full", tmp_path / "out", to=form)
+
+
+@pytest.mark.parametrize("form", ["mlx", "gguf"])
+def test_what_is_packed_for_other_engines_is_refused(form, tmp_path):
+    """Its matrices have names and shapes that neither reads."""
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "in")
+    quantize(tmp_path / "in", tmp_path / "packed")
+    with pytest.raises(ExportError, match=r"is quantised.*export what it was made from, with --bits"):
+        export(tmp_path / "packed", tmp_path / "out", to=form)
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parloop import cache_bytes, make_cache
 from parloop.model.cache_argument import CACHE
@@ -253,3 +254,29 @@ def test_generating_from_embeddings():
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)[:, 12:]
     got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=8, do_sample=False)
     assert got.tolist() == expected.tolist()
+
+
+class Products(TorchDispatchMode):
+    """Sizes of what batched products read."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.sizes.append(max(args[0].numel(), args[1].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+@torch.no_grad()
+def test_the_head_of_a_frozen_model_is_not_copied(loops):
+    """Of a state that is a slice torch would multiply a copy of the head: a decode step took ten times as long, and only at R > 1."""
+    model = tiny_model(plt_num_loops=3).requires_grad_(False)
+    head = model.lm_head.weight.numel()
+    cache = make_cache(model.config, loops)
+    for ids in (random_ids(1, 9), random_ids(1, 1)):
+        with Products() as products:
+            model(ids, past_key_values=cache, num_loops=loops, logits_to_keep=1)
+        assert head not in products.sizes

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from parloop.checkpoints import load_config
+from parloop.quantize.quantization import quantize
 from parloop.serve.vllm_weights import checked, shapes_of
 from tests.helpers.models import tiny_config, tiny_model
 
@@ -72,3 +75,15 @@ def test_gates_may_lack_together_if_the_loop_count_was_dialled():
     state |= {name: tensor for name, tensor in tiny_model().state_dict().items() if "layers.0.self_attn.plt_gate" in name}
     with pytest.raises(ValueError, match=r"the files lack model.layers.1.self_attn.plt_gate"):
         list(checked(state.items(), tiny_config(), gates_may_lack=True))
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}, {"bits": 4, "head": True}], ids=str)
+def test_a_quantised_checkpoint_holds_packed_matrices(options, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "attention_bias": True}
+    tiny_model(dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "packed", **options)
+    config, state = load_config(tmp_path / "packed"), load_file(tmp_path / "packed" / "model.safetensors")
+    assert shapes_of(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    del state["model.layers.1.mlp.up_proj.weight_scale"]
+    with pytest.raises(ValueError, match=r"the files lack model.layers.1.mlp.up_proj.weight_scale:"):
+        list(checked(state.items(), config))

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .models import DTYPES, build, bytes_read, check_memory, config_of, on_meta
 from .report import write_report
 from .results import BenchResult, BlockResult, Row, Skipped
 from .settings import Settings, plan, too_large, work
-from .variants import Variant, decode_variants, prefill_variants
+from .variants import PLAIN, Variant, decode_variants, prefill_variants
 
 WARM_UP = 1  # rounds that are not counted
 
@@ -44,6 +45,7 @@ def run_bench(
     contexts: list[int] | None = None,
     batch_sizes: list[int] | None = None,
     prefill_lengths: list[int] | None = None,
+    weights: list[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     output: str | Path | None = None,
@@ -61,6 +63,7 @@ def run_bench(
         contexts: tokens in the cache when the timed decode steps begin; 0 leaves decoding out.
         batch_sizes: sequences at a time.
         prefill_lengths: tokens of the prompts; 0 leaves prefill out.
+        weights: quantised weights to measure beside the plain ones: int8, int4, int8+head, int4+head.
         device: auto, cpu or cuda.
         threads: threads of torch; default: as set.
         output: the folder. Default: runs/bench-NAME.
@@ -84,7 +87,9 @@ def run_bench(
     device = usable_device(device)
     counts = tuple(sorted({1, *(loops or (1, 2, 3, 4))}))
     before = torch.get_num_threads()
-    settings = Settings(checkpoint, shape, counts, device=device, threads=before if threads is None else threads, **others)
+    packed = tuple(name for name in dict.fromkeys(weights or ()) if name != PLAIN)
+    threads = before if threads is None else threads
+    settings = Settings(checkpoint, shape, counts, device=device, threads=threads, weights=packed, **others)
     settings.check()
     config = config_of(checkpoint, shape, counts[-1])
     keys = plan(settings, config, contexts, batch_sizes or [1], prefill_lengths)
@@ -157,10 +162,11 @@ def prepare(settings: Settings, config: PLTConfig, result: BenchResult, console:
     """Return the models. The result gets their description and the memory bandwidth."""
     device = torch.device(settings.device)
     weights = sum(p.nbytes for p in on_meta(config, DTYPES[settings.dtype]).parameters())
+    packed = sum(weights * int(name[3]) / 16 for name in settings.weights)
     name = settings.checkpoint or f"shape {settings.shape!r}"
-    check_memory(name, weights, settings.read_bytes + 2**29, settings.dtype, device)
+    check_memory(name, weights, int(settings.read_bytes + 2**29 + packed), settings.dtype, device)
     with console.status(f"building {name}: {weights / 1e9:.1f} GB of weights"):
-        models = build(settings.checkpoint, config, settings.dtype, device)
+        models = build(settings.checkpoint, config, settings.dtype, device, settings.weights)
     result.model = describe(models["plt"], name)
     if not result.read_bandwidth:
         with console.status("measuring how fast this machine reads memory"):
@@ -215,7 +221,8 @@ def measure_block(
     torch.compiler.reset()  # after code for other lengths, torch would compile this one for dynamic lengths
     loops, llama = list(settings.loops), "llama" in models
     decode = phase == "decode"
-    variants = decode_variants(loops, llama, settings.compile) if decode else prefill_variants(loops, llama)
+    packed = settings.weights
+    variants = decode_variants(loops, llama, settings.compile, packed) if decode else prefill_variants(loops, llama, packed)
     block = Block(models, tokens, batch_size, settings.steps if decode else 0, settings.static)
     fastest = max(bandwidths, key=lambda way: bandwidths[way])
     device = models["plt"].device
@@ -256,20 +263,22 @@ def _row(
         return Spread.of_ratios(own, seconds[other]) if other in seconds else None
 
     passes = 1 if variant.one_pass else variant.loops
-    size = bytes_read(models["plt"], variant.loops, batch_size, passes) if decode else None
+    plain = variant.weights == PLAIN
+    size = bytes_read(models["plt" if plain else variant.weights], variant.loops, batch_size, passes) if decode else None
     return Row(
         label=variant.label,
         variant=variant,
         kind=variant.kind,
         ms=Spread.of([1e3 * value for value in own]),
         ms_rounds=[1e3 * value for value in own],
-        over_one_loop=over(Variant(1, compiled=variant.compiled)),
+        over_one_loop=over(Variant(1, compiled=variant.compiled, weights=variant.weights)),
         over_llama=over(Variant(1, llama=True, compiled=variant.compiled)),
         weight_bytes=size,
         weight_bytes_per_second=Spread.of([size / value for value in own]) if size else None,
         bandwidth_share=Spread.of([size / value / read for value, read in zip(own, reads)]) if size else None,
         cache=runs[variant][-1].cache,
         peak_bytes=max(run.peak_bytes for run in runs[variant]),
+        over_plain=None if plain else over(replace(variant, weights=PLAIN)),
     )
 
 

@@ -22,7 +22,7 @@ from ..model.cache_argument import CACHE
 from ..model.configuration import PLTConfig
 from ..timing import peak_bytes, reset_peak
 from .results import CacheReport
-from .variants import Variant
+from .variants import PLAIN, Variant
 
 
 class Run(NamedTuple):
@@ -83,7 +83,7 @@ class Block:
         return (timer() - start) / self.steps, cache
 
     def _call(self, variant: Variant, ids: torch.Tensor, cache: Cache, past: int) -> None:
-        model = self.models["llama" if variant.llama else "plt"]
+        model = self.models["llama" if variant.llama else "plt" if variant.weights == PLAIN else variant.weights]
         options: dict[str, Any] = {"logits_to_keep": 1}
         if not variant.llama:
             options |= {"num_loops": variant.loops, "one_pass": variant.one_pass, "exact_tail": variant.tail}

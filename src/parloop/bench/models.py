@@ -5,6 +5,8 @@ no gate is computed, so R = 1 has no cost that a plain transformer does not have
 """
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from ..model.configuration import PLTConfig
 from ..model.modeling import PLTForCausalLM
 from ..model.rotary import PLTRotaryEmbedding
 from ..model.shapes import SHAPES, SHARED
+from ..quantize.form import HEAD, Scheme
+from ..quantize.linear import PackedLinear
+from ..quantize.quantizer import linear_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -35,16 +40,25 @@ def config_of(checkpoint: str | None, shape: str | None, max_loops: int) -> PLTC
     return PLTConfig(**(SHARED | SHAPES[shape]), plt_num_loops=max_loops)
 
 
-def build(checkpoint: str | None, config: PLTConfig, dtype: str, device: torch.device) -> dict[str, Any]:
-    """Return {"plt": the model, "llama": its twin} in eval mode. A quantised checkpoint has no twin, since its modules
-    are not Llama's."""
+def build(
+    checkpoint: str | None, config: PLTConfig, dtype: str, device: torch.device, weights: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return {"plt": the model, "llama": its twin, "int4": ..}, in eval mode. A quantised checkpoint has no twins: its modules are not Llama's.
+
+    Raises:
+        BenchError: quantised weights of a quantised checkpoint.
+    """
     if checkpoint is None:
         model = random_model(config, DTYPES[dtype], device)
     else:
         model = load_model(checkpoint, str(device), dtype)
     model.requires_grad_(False)
     quantized = getattr(model, "hf_quantizer", None) is not None
-    return {"plt": model} if quantized else {"plt": model, "llama": llama_twin(model)}
+    if quantized and weights:
+        raise BenchError(f"--weights {weights[0]}: checkpoint {checkpoint!r} is quantised already: leave --weights out.")
+    if quantized:
+        return {"plt": model}
+    return {"plt": model, "llama": llama_twin(model), **{name: packed_twin(model, name) for name in weights}}
 
 
 def on_meta(config: PLTConfig, dtype: torch.dtype) -> PLTForCausalLM:
@@ -83,6 +97,39 @@ def llama_twin(model: PLTForCausalLM) -> Any:
     return llama.requires_grad_(False).eval()
 
 
+def packed_twin(model: PLTForCausalLM, weights: str) -> PLTForCausalLM:
+    """Return the model with linear layers as `parloop quantize` makes them; everything else is the model's own tensors.
+
+    Args:
+        weights: int4 or int8, with +head where the head is quantised, too.
+
+    Raises:
+        BenchError: the model is quantised already, or layers do not fit into groups of 64, nor of 32.
+    """
+    bits, head = int(weights[3]), weights.endswith("+head")
+    scheme = Scheme(bits, None, () if head else (HEAD,))
+    twin = on_meta(model.config, model.dtype)
+    names = [name for name in linear_layers(model) if not scheme.ignores(name)]
+    inputs: list[Any] = [model.get_submodule(name).in_features for name in names]
+    if bits == 4:
+        group = next((size for size in (64, 32) if not any(K % size for K in inputs)), None)
+        if group is None:
+            raise BenchError(
+                f"--weights {weights}: layers have {max(inputs)} inputs, which groups of 32 weights do not divide."
+            )
+        scheme = replace(scheme, group=group)
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        twin.set_submodule(name, PackedLinear.of(layer.weight, layer.bias, bits, scheme.group_of(layer.in_features)))
+    twin.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if n.rpartition(".")[0] not in names}, strict=False, assign=True
+    )
+    twin.model.rotary_emb = PLTRotaryEmbedding(model.config).to(model.device)  # type: ignore[arg-type]
+    twin.set_attn_implementation(model.config._attn_implementation)
+    assert not any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers()))
+    return twin.requires_grad_(False).eval()
+
+
 def bytes_read(model: Any, loops: int, batch_size: int, passes: int) -> int:
     """Return the bytes of weights that one decode step reads: `passes` times the stack and once the head.
 
@@ -92,7 +139,7 @@ def bytes_read(model: Any, loops: int, batch_size: int, passes: int) -> int:
     stack = sum(p.nbytes for p in model.model.layers.parameters())
     gates = sum(p.nbytes for name, p in model.model.layers.named_parameters() if "plt_gate" in name)
     rows = batch_size * model.config.hidden_size * model.model.embed_tokens.weight.element_size()
-    norm, head = model.model.norm.weight.nbytes, model.lm_head.weight.nbytes
+    norm, head = model.model.norm.weight.nbytes, sum(p.nbytes for p in model.lm_head.parameters())
     return passes * (stack - gates + norm) + min(passes, loops - 1) * gates + rows + head
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..folder import BENCH, OutputFolder, claimed
 from ..report.drawing import COLORS, MARKERS, legend_below, look, panels, save_png, styled
 from .results import BenchResult, BlockResult, Row
-from .variants import Variant
+from .variants import PLAIN, Variant
 
 
 def write_report(result: BenchResult, folder: str | Path | OutputFolder) -> Path:
@@ -47,7 +47,7 @@ def _rows(block: BlockResult, way: Callable[[Variant], bool], compiled: bool = F
 
 
 def _plain(variant: Variant) -> bool:
-    return not variant.llama and variant.one_pass and variant.tail
+    return not variant.llama and variant.one_pass and variant.tail and variant.weights == PLAIN
 
 
 def _ratio_line(axes: Any, rows: list[Row], i: int, label: str | None, **look: Any) -> None:
@@ -97,7 +97,8 @@ def _decode_times(axes: Any, blocks: list[BlockResult]) -> None:
     """Draw the decode times of the smallest batch."""
     batch = min(block.batch_size for block in blocks)
     blocks = sorted((block for block in blocks if block.batch_size == batch), key=lambda block: block.tokens)
-    for shown in (row for row in blocks[0].rows if row.variant.one_pass and not row.variant.compiled):
+    plain = (row for row in blocks[0].rows if row.variant.weights == PLAIN)
+    for shown in (row for row in plain if row.variant.one_pass and not row.variant.compiled):
         points = [(b.tokens, row.ms.median) for b in blocks for row in b.rows if row.variant == shown.variant]
         llama = {"color": "black", "marker": "x", "linestyle": ":"}
         axes.plot(*zip(*points), label=shown.label, **(llama if shown.variant.llama else look(shown.variant.loops)))

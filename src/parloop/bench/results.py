@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ..result import Result, not_kept
 from ..timing import Spread
 from .settings import Settings
-from .variants import Variant
+from .variants import PLAIN, Variant
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Row:
         bandwidth_share: this rate over the machine's read bandwidth.
         cache: the cache after a run.
         peak_bytes: peak memory of a run.
+        over_plain: of quantised weights, ratios within rounds to the same line with plain ones.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Row:
     bandwidth_share: Spread | None
     cache: CacheReport
     peak_bytes: int
+    over_plain: Spread | None = None
 
 
 @dataclass
@@ -139,6 +141,7 @@ class BenchResult(Result):
     def legend(self) -> str:
         """Return explanations of the tables' lines and columns."""
         variants = [row.variant for block in self.blocks for row in block.rows]
+        packed = any(v.weights != PLAIN for v in variants)
         decode = any(block.phase == "decode" for block in self.blocks)
         fastest = max(self.read_bandwidth, key=lambda way: self.read_bandwidth[way])
         repeats, steps = self.settings.repeats, self.settings.steps
@@ -150,6 +153,10 @@ class BenchResult(Result):
                 any(v.llama for v in variants),
                 "transformers' LlamaForCausalLM of the same shape on the same weights.",
             ),
+            "int8, int4": (
+                packed,
+                "weights as parloop quantize makes them; over R = 1 of the same weights, and over plain weights at the same R.",
+            ),
             "compiled": (
                 any(v.compiled for v in variants),
                 "static cache and torch.compile; compared with R = 1 and Llama compiled as well.",
@@ -158,8 +165,8 @@ class BenchResult(Result):
             "ms, over": (True, f"medians over {repeats} rounds, each running every line once; ratios taken within rounds."),
             "weights GB/s": (decode, "bytes of weights that a step reads, over its time."),
             "of read": (decode, f"this rate over the machine's read bandwidth ({fastest})."),
-            "cache MB": (True, "keys, values and carries after the run, all sequences of the batch."),
-            "peak GB": (True, "peak memory of a run: on a CPU of the process, on a GPU of torch's allocator."),
+            "cache MB": (not packed, "keys, values and carries after the run, all sequences of the batch."),
+            "peak GB": (not packed, "peak memory of a run: on a CPU of the process, on a GPU of torch's allocator."),
         }
         return "\n".join(f"{name + ':':15}{text}" for name, (shown, text) in lines.items() if shown)
 
@@ -178,17 +185,22 @@ def _table(block: BlockResult) -> Any:
     )  # fmt: skip
     table.add_column("", no_wrap=True)
     speed = ("weights\nGB/s", "of\nread") if decode else ("tokens\nper s",)
-    times = ("ms per\ntoken" if decode else "ms", "quartiles", "over\nR = 1", "quartiles", "over\nLlama")
-    for name in (*times, *speed, "cache\nMB", "peak\nGB"):
+    times = ("ms per\ntoken" if decode else "ms", "quartiles", "over\nR = 1", "quartiles")
+    # A table about weights has no room for Llama and for memory.
+    packed = any(row.over_plain for row in block.rows)
+    compared = ("over\nplain", "quartiles") if packed else ("over\nLlama",)
+    for name in (*times, *compared, *speed, *(() if packed else ("cache\nMB", "peak\nGB"))):
         table.add_column(name, justify="right", no_wrap=True)
     for row in block.rows:
         if row.weight_bytes_per_second is not None and row.bandwidth_share is not None:
             rates = _digits(row.weight_bytes_per_second.median / 1e9), f"{100 * row.bandwidth_share.median:.0f}%"
         else:
             rates = (_digits(1e3 * block.tokens * block.batch_size / row.ms.median),)  # type: ignore[assignment]
+        over = (_ratio(row.over_plain), _quartiles(row.over_plain)) if packed else (_ratio(row.over_llama),)
+        memory = () if packed else (_digits(row.cache.bytes / 1e6), _digits(row.peak_bytes / 1e9))
         table.add_row(
             row.label, _digits(row.ms.median), _quartiles(row.ms), _ratio(row.over_one_loop), _quartiles(row.over_one_loop),
-            _ratio(row.over_llama), *rates, _digits(row.cache.bytes / 1e6), _digits(row.peak_bytes / 1e9),
+            *over, *rates, *memory,
         )  # fmt: skip
     return table
 

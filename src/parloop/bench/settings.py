@@ -8,7 +8,7 @@ from ..errors import BenchError
 from ..model.configuration import PLTConfig
 from ..model.flops import forward_flops_per_token
 from .models import DTYPES, available_bytes
-from .variants import decode_variants
+from .variants import WEIGHTS, decode_variants
 
 CONTEXTS = (256, 4096, 16384)
 PREFILL_LENGTHS = (2048,)
@@ -29,6 +29,7 @@ class Settings:
     static: bool = False
     threads: int = 1
     read_bytes: int = 2**30
+    weights: tuple[str, ...] = ()  # quantised ones, beside those of `dtype`
 
     def check(self) -> None:
         """Check the settings.
@@ -43,6 +44,13 @@ class Settings:
                 raise BenchError(f"--{name} {getattr(self, name)} must be at least 1, and below 2**31.")
         if self.dtype not in DTYPES:
             raise BenchError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
+        for name in self.weights:
+            if name not in WEIGHTS:
+                raise BenchError(f"--weights {name!r} is unknown: use some of {', '.join(WEIGHTS)}.")
+        if self.weights and self.dtype != "bfloat16":
+            raise BenchError(
+                f"--weights {self.weights[0]} with --dtype {self.dtype}: quantised weights have kernels for bfloat16 only."
+            )
 
 
 def plan(
@@ -84,8 +92,9 @@ def work(settings: Settings, config: PLTConfig, weights: int, key: tuple[str, in
     phase, tokens, batch_size = key
     if phase == "prefill":
         flops = [forward_flops_per_token(config, tokens, n) for n in (1, *settings.loops)]
+        flops *= 1 + len(settings.weights)
         return sum(flops) * tokens * batch_size / 64
-    variants = decode_variants(list(settings.loops), True, settings.compile)
+    variants = decode_variants(list(settings.loops), True, settings.compile, settings.weights)
     visits = sum(1 if variant.one_pass else variant.loops for variant in variants)
     return (settings.steps + 1) * (
         visits * weights + len(variants) * batch_size * tokens * cached_token_bytes(config, settings)

@@ -15,6 +15,7 @@ def bench(
     contexts: Annotated[list[int] | None, Many] = None,
     batch_sizes: Annotated[list[int] | None, Many] = None,
     prefill_lengths: Annotated[list[int] | None, Many] = None,
+    weights: Annotated[list[str] | None, Many] = None,
     steps: int = 16,
     repeats: int = 7,
     dtype: str = "bfloat16",
@@ -45,6 +46,8 @@ def bench(
         Sequences at a time. Default: 1.
     prefill_lengths
         Tokens of the prompts whose prefill is timed; 0: no prefill. Default: 2048.
+    weights
+        Quantised weights to measure beside the plain ones: int8, int4, as parloop quantize makes them; int8+head, int4+head.
     steps
         Timed decode steps per round.
     repeats
@@ -74,6 +77,7 @@ def bench(
         contexts=contexts,
         batch_sizes=batch_sizes,
         prefill_lengths=prefill_lengths,
+        weights=weights,
         steps=steps,
         repeats=repeats,
         dtype=dtype,

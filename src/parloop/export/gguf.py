@@ -38,6 +38,8 @@ def export_gguf(checkpoint: Path, folder: Path, bits: int | None = None) -> None
     from ..model.configuration import released_name
 
     config = load_config(checkpoint)
+    if any(getattr(config, name, None) for name in ("quantization_config", "quantization")):
+        raise ExportError(f"checkpoint {str(checkpoint)!r} is quantised already: export what it was made from, with --bits.")
     check_weights(checkpoint)
     rope: dict = config.rope_parameters or {}
     if bits not in TYPES or rope.get("rope_type", "default") != "default":

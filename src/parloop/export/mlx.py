@@ -62,6 +62,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind != MLX_MODULE.rpartition(".")[2]:
         raise ExportError(f"checkpoint {str(folder)!r} has model_type {kind!r}: not a PLT; mlx-lm may know it by itself.")
+    if config.get("quantization_config") and "quantization" not in config:  # mlx-lm's own folders have both
+        raise ExportError(
+            f"checkpoint {str(folder)!r} is quantised, but not by MLX: export what it was made from, with --bits."
+        )
     if mlx_lm_version() is not None:
         register()
         try:

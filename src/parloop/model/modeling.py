@@ -250,6 +250,14 @@ class PLTPreTrainedModel(PreTrainedModel):
         self._weight_conversions: list = []
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As in the library; a checkpoint of `parloop quantize` keeps its weights packed."""
+        from ..quantize.quantizer import handed_over
+
+        config, kwargs = handed_over(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # the library looks for the call of its interface in this file's text; it is in backends.py
 
@@ -470,15 +478,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             states_to_keep=logits_to_keep if tail else None,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)  # type: ignore[arg-type]
-        logits = self.lm_head(kept)
+        logits = self._logits(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         loop_logits = None
         if output_loop_logits and outputs.loop_states is not None:
             earlier = outputs.loop_states[:-1]
-            loop_logits = (*(self.lm_head(slice_logits_to_keep(h, logits_to_keep)) for h in earlier), logits)
+            loop_logits = (*(self._logits(h, logits_to_keep) for h in earlier), logits)
         return PLTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -488,6 +495,14 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
             loop_logits=loop_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _logits(self, h_BTD: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice_logits_to_keep(h_BTD, logits_to_keep)  # type: ignore[arg-type]
+        # Note: of a slice of rows that lie apart, torch multiplies each sequence by a copy of the whole head, if the head takes no gradient:
+        # a step of a frozen model took ten times as long. One row counts as contiguous wherever it lies, so contiguous() would not help.
+        if kept.stride(0) != kept.shape[1] * kept.stride(1):
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        return self.lm_head(kept)
 
 
 class PLTForSequenceClassification(GenericForSequenceClassification, PLTPreTrainedModel):

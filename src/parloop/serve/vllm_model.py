@@ -45,6 +45,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 
 from ..model.configuration import GATE, GATE_ALIASES, PLTConfig  # noqa: E402
+from ..quantize.form import Scheme  # noqa: E402
 from .vllm_carry import Carry  # noqa: E402
 from .vllm_weights import checked  # noqa: E402
 
@@ -330,9 +331,10 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         refuse_unsupported(vllm_config)
         overrides = vllm_config.model_config.hf_overrides
         self.loops_are_dialled = not isinstance(overrides, dict) or bool({"plt_num_loops", "num_loops"} & overrides.keys())
-        # Trainers send weights later, one by one; other formats and quantised checkpoints have other names and shapes.
+        # Trainers send weights later, one by one; other formats, and what other tools quantised, have other names and shapes.
         whole = vllm_config.load_config.load_format not in ("dummy", "bitsandbytes", "gguf")
-        self.check_weights = whole and getattr(self.config, "quantization_config", None) is None
+        quantised = getattr(self.config, "quantization_config", None)
+        self.check_weights = whole and (quantised is None or Scheme.of(quantised) is not None)
         self.model = PLTModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,

@@ -3,11 +3,13 @@
 vLLM's loader does not: it leaves a matrix that no file fills, or a part of one, uninitialised, and cuts off surplus rows.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 
 from ..model.configuration import GATE, PLTConfig, released_name
+from ..quantize.form import PARTS, Scheme
 
 COMPUTED = "rotary_emb.inv_freq"  # a buffer in old Llama files, which is computed
 HEAD = "lm_head.weight"
@@ -39,7 +41,25 @@ def shapes_of(config: PLTConfig) -> dict[str, tuple[int, ...]]:
         layer |= {f"{name}.weight": (out, inputs)} | ({f"{name}.bias": (out,)} if bias else {})
     shapes = {f"model.layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    return shapes if config.tie_word_embeddings else shapes | {HEAD: (V, D)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (V, D)
+        linear["lm_head"] = (V, D, False)
+    scheme = Scheme.of(getattr(config, "quantization_config", None))
+    return shapes if scheme is None else _packed(shapes, scheme, linear.keys() - {f"self_attn.{GATE}"})
+
+
+def _packed(shapes: dict[str, tuple[int, ...]], scheme: Scheme, linear: Set[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with the parts that quantised matrices are kept in (quantize/form.py)."""
+    packed: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or re.sub(r"^model\.layers\.\d+\.", "", layer) not in linear or scheme.ignores(layer):
+            packed[name] = shape
+            continue
+        out, inputs = shape
+        parts = ((out, inputs * scheme.bits // 32), (out, inputs // scheme.group_of(inputs)), (2,))
+        packed |= {f"{layer}.{part}": size for part, size in zip(PARTS, parts)}
+    return packed
 
 
 def checked(
