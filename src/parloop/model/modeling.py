@@ -21,8 +21,8 @@ The equations and the three passes are here. The other files:
     backends.py    how attention is called                        window.py      the window as bands
     cache.py       state that later tokens read                   tail.py        the tokens of a prompt that later loops need
     call.py        checks of a call's arguments                   generation.py  overrides of generate()
-    rotary.py      RoPE in float32                                reference.py   the same equations with nothing else
-    cache_argument.py  by what name a cache is passed
+    loading.py     from_pretrained() of packed weights            rotary.py      RoPE in float32
+    cache_argument.py  the name that a cache is passed by         reference.py   the same equations with nothing else
 
 Axes, as suffixes of tensor names:
     B sequences    T tokens of this call    S keys (cached and new)    D hidden size    R loops
@@ -59,6 +59,7 @@ from .cache_argument import CACHE, takes_cache
 from .call import check_call, check_inputs, chosen_loops
 from .configuration import PLTConfig
 from .generation import PLTGenerationMixin
+from .loading import PLTLoadingMixin
 from .masks import Masks, plt_masks
 from .offset import Offset
 from .rotary import PLTRotaryEmbedding
@@ -227,7 +228,7 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         return x_BND, k1, v1
 
 
-class PLTPreTrainedModel(PreTrainedModel):
+class PLTPreTrainedModel(PLTLoadingMixin, PreTrainedModel):
     config: PLTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -242,20 +243,6 @@ class PLTPreTrainedModel(PreTrainedModel):
         "hidden_states": OutputRecorder(PLTDecoderLayer, num_hidden_layers_key="visited_layers"),
         "attentions": PLTAttention,
     }
-
-    def __init__(self, config: PLTConfig):
-        super().__init__(config)
-        # Note: save_pretrained undoes the renamings that loading did, and for a model that was never loaded it would undo
-        # all that are registered, so that a new model's gates were saved as loop_gate_proj and a resumed run lost them.
-        self._weight_conversions: list = []
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """As in the library; a checkpoint of `parloop quantize` keeps its weights packed."""
-        from ..quantize.quantizer import handed_over
-
-        config, kwargs = handed_over(cls.config_class, pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -498,8 +485,8 @@ class PLTForCausalLM(PLTPreTrainedModel, PLTGenerationMixin):
 
     def _logits(self, h_BTD: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         kept = slice_logits_to_keep(h_BTD, logits_to_keep)  # type: ignore[arg-type]
-        # Note: of a slice of rows that lie apart, torch multiplies each sequence by a copy of the whole head, if the head takes no gradient:
-        # a step of a frozen model took ten times as long. One row counts as contiguous wherever it lies, so contiguous() would not help.
+        # Note: if the head takes no gradient, torch multiplies sequences whose rows lie apart by copies of the whole head, and a
+        # frozen model's step took ten times as long. One row counts as contiguous wherever it lies, so contiguous() does nothing.
         if kept.stride(0) != kept.shape[1] * kept.stride(1):
             kept = kept.clone(memory_format=torch.contiguous_format)
         return self.lm_head(kept)
