@@ -120,6 +120,18 @@ def test_a_head_of_its_own_where_config_json_ties_it_is_refused(checkpoint, tmp_
         load(folder)
 
 
+def test_without_accelerate_weights_are_checked_on_the_cpu(checkpoint, tmp_path, monkeypatch):
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr("parloop.checkpoints.is_accelerate_available", lambda: False)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: asked.append(kw) or load(*args, **kw))
+    check_weights(checkpoint)
+    with pytest.raises(CheckpointError, match="up_proj"):
+        check_weights(changed(checkpoint, tmp_path / "copy", without("up_proj")))
+    assert len(asked) == 2
+    assert all("device_map" not in options for options in asked)  # with it, the library asks for accelerate
+
+
 def test_the_weights_of_a_quantised_checkpoint_are_another_tools_business(checkpoint, tmp_path):
     config = {"quantization_config": {"quant_method": "compressed-tensors"}}
     check_weights(changed(checkpoint, tmp_path / "copy", without("up_proj"), config))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_accelerate_available
 
 from .errors import CheckpointError, ParloopError, first_line
 from .model.configuration import PLTConfig
@@ -55,7 +56,7 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
 
 
 def check_weights(checkpoint: str | Path) -> None:
-    """Check that the names and shapes of a checkpoint's weights match its config.json. Their values are not read.
+    """Check that the names and shapes of a checkpoint's weights match its config.json. Their values are not read, if accelerate is installed.
 
     Of quantised checkpoints only those in the form of `parloop quantize` are checked.
 
@@ -67,7 +68,9 @@ def check_weights(checkpoint: str | Path) -> None:
     config = load_config(checkpoint)
     others = [name for name in ("quantization_config", "quantization") if hasattr(config, name)]  # the latter is MLX's
     if not others or Scheme.of(getattr(config, "quantization_config", None)) is not None:
-        load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, device_map="meta")
+        # Without accelerate the library loads to no device but the CPU: then values are read too, and take memory.
+        where = {"device_map": "meta"} if is_accelerate_available() else {}
+        load_part(AutoModelForCausalLM, checkpoint, WEIGHTS, **where)
 
 
 def usable_device(device: str) -> str:
