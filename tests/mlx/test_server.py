@@ -161,7 +161,7 @@ def test_an_export_in_8_bits_is_served_and_right(tmp_path):
     ("arguments", "told"),
     [
         (["--model", "x"], "--model cannot be given"),
-        (["--draft-model=x"], "--draft-model cannot be given here: a draft"),
+        (["--draft-model=x"], "--draft-model cannot be given here: a rejected draft"),
         (["--hf-overrides", '{"vocab_size": 1}'], "loop count only"),
     ],
 )
