@@ -197,7 +197,7 @@ def test_a_server_that_fails_half_way_costs_nothing(tmp_path):
     [
         ({"status": 429}, "429"),
         ({"status": 400}, "the server refuses|400"),
-        ({"raw": "{not json"}, "no JSON"),
+        ({"raw": "{not json"}, "not JSON"),
         ({"close": True}, "reach|RemoteDisconnected|closed"),
     ],
 )
