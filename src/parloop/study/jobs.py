@@ -1,7 +1,6 @@
-"""Concurrent runs of a study, one process each.
+"""Several runs of a study at a time, a process each.
 
-With small models, a processor's threads mostly wait for each other, so two concurrent runs with one thread each finish sooner than two
-consecutive runs with two threads (docs/log.md).
+The threads of one small model wait for each other at every operation; separate runs do not. How much sooner a study finishes was not measured.
 """
 
 import io
